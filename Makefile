@@ -1,0 +1,1 @@
+export PATH := $(CURDIR)/.venv/bin:$(PATH)

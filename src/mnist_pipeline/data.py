@@ -1,0 +1,110 @@
+"""MNIST from its IDX files: read, checked, split, and held in memory as tensors."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_pipeline.errors import UserError
+from mnist_pipeline.params import DataParams
+
+CLASSES = 10
+SIDE = 28  # pixels
+PREFIXES = {"train": "train", "test": "t10k"}
+FILES = [f"{prefix}-{kind}-ubyte" for prefix in PREFIXES.values() for kind in ("images-idx3", "labels-idx1")]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Labelled images: pixels (N, 28, 28) of 0 to 255 and labels (N,) of 0 to 9."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Digits":
+        return Digits(self.pixels[index], self.labels[index])
+
+    def per_class(self) -> list[int]:
+        """Count the images of each class."""
+        return torch.bincount(self.labels, minlength=CLASSES).tolist()
+
+    def tensors(self, params: DataParams, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the network's input (N, 1, 28, 28), pixels scaled to 0..1 and normalised, and the labels (N,)."""
+        images = ((self.pixels.float() / 255 - params.mean) / params.std).unsqueeze(1)
+        return images.to(device), self.labels.to(device)
+
+
+def read_idx(path: Path) -> Tensor:
+    """Read an IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE").
+
+    The header is two zero bytes, the type (8, unsigned byte), the number of dimensions, and each dimension's size
+    as four big-endian bytes; the values follow, last dimension fastest.
+
+    Raises:
+        UserError: the file is absent, has another header, or not just the bytes that its header announces.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): `dvc repro download` makes it") from None
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise UserError(
+            f"{path} is not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ') or 'nothing'}"
+        )
+    start = 4 + 4 * content[3]
+    shape = [int(size) for size in np.frombuffer(content[4:start], ">u4")] if len(content) >= start else []
+    if not math.prod(shape) or len(content) != start + math.prod(shape):
+        raise UserError(f"{path} is damaged: its header announces {shape} values, the file has {len(content):,} bytes")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
+
+
+def load_digits(directory: Path, part: str) -> Digits:
+    """Read and check the `train` or the `test` part of a directory of IDX files.
+
+    Raises:
+        UserError: a file is damaged, or the two do not hold as many 28×28 images as labels of 0 to 9, some of each.
+    """
+    images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
+    labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
+    digits = Digits(read_idx(images), read_idx(labels).long())
+    if digits.pixels.shape[1:] != (SIDE, SIDE):
+        raise UserError(
+            f"{images} must hold images of {SIDE}×{SIDE} pixels, and is of shape {tuple(digits.pixels.shape)}"
+        )
+    if digits.labels.shape != digits.pixels.shape[:1]:
+        raise UserError(
+            f"{images} holds {len(digits.pixels):,} images, {labels} is of shape {tuple(digits.labels.shape)}"
+        )
+    if len(digits.per_class()) != CLASSES or 0 in digits.per_class():
+        raise UserError(f"{labels} must hold labels of each class from 0 to 9, and holds {digits.per_class()} of them")
+    return digits
+
+
+def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digits]:
+    """Hold out `validation_size` images drawn from `seed`; return the others and them, each in file order.
+
+    Raises:
+        UserError: nothing would be left to train on.
+    """
+    if validation_size >= len(digits):
+        raise UserError(
+            f"data.validation_size must be under the {len(digits):,} training images, and is {validation_size:,}"
+        )
+    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
+    held_out = torch.zeros(len(digits), dtype=torch.bool)
+    held_out[order[:validation_size]] = True
+    return digits[~held_out], digits[held_out]
+
+
+def load_training_data(directory: Path, params: DataParams, seed: int) -> tuple[Digits, Digits]:
+    """Return the images to train on and those that monitor it: a validation split, or the test images without one."""
+    training = load_digits(directory, "train")
+    if params.validation_size == 0:
+        return training, load_digits(directory, "test")
+    return split(training, params.validation_size, seed)

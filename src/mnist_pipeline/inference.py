@@ -1,0 +1,60 @@
+"""The network put to use: log-probabilities for images, and how good they are."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Score:
+    """The mean negative log-likelihood (nats an image) and how many of `total` images were right."""
+
+    loss: float
+    correct: int
+    total: int
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right images, 0 to 1."""
+        return self.correct / self.total
+
+
+def set_up_torch(threads: int) -> torch.device:
+    """Make torch deterministic with a fixed number of CPU threads; return the GPU where there is one, else the CPU.
+
+    Source: PyTorch's notes on reproducibility.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(threads)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off and batch normalisation to its running statistics, without gradients, for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(was_training)
+
+
+def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """Return the log-probabilities (N, 10) that the network gives images (N, 1, 28, 28), on their device."""
+    with evaluation_mode(model):
+        return torch.cat([model(batch) for batch in images.split(batch_size)])
+
+
+def score(log_probabilities: Tensor, labels: Tensor) -> Score:
+    """Score log-probabilities (N, 10) against labels (N,)."""
+    loss = F.nll_loss(log_probabilities.double(), labels).item()
+    correct = int((log_probabilities.argmax(dim=1) == labels).sum())
+    return Score(loss, correct, len(labels))

@@ -1,0 +1,128 @@
+"""The network: 19,210 parameters in three blocks, and the file that carries it."""
+
+import json
+from collections import OrderedDict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_pipeline.errors import UserError
+from mnist_pipeline.files import write_bytes
+from mnist_pipeline.params import DataParams, ModelParams
+
+# Element-wise dropout zeroes single activations; channel-wise, whole feature maps (Tompson et al., arXiv:1411.4280).
+DROPOUT = {"element": nn.Dropout, "channel": nn.Dropout2d}
+
+
+class Net(nn.Module):
+    """Map normalised images (N, 1, 28, 28) to log-probabilities (N, 10)."""
+
+    def __init__(self, params: ModelParams) -> None:
+        super().__init__()
+
+        def dropout() -> nn.Module:
+            return DROPOUT[params.dropout_kind](params.dropout)
+
+        self.block1 = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(1, 6, 3, padding=1),
+                bn1=nn.BatchNorm2d(6),
+                relu1=nn.ReLU(),
+                conv2=nn.Conv2d(6, 10, 3, padding=1),
+                bn2=nn.BatchNorm2d(10),
+                relu2=nn.ReLU(),
+                pool1=nn.MaxPool2d(2),
+                dropout1=dropout(),
+            )
+        )
+        self.block2 = nn.Sequential(
+            OrderedDict(
+                conv3=nn.Conv2d(10, 16, 3, padding=1),
+                bn3=nn.BatchNorm2d(16),
+                relu3=nn.ReLU(),
+                conv4=nn.Conv2d(16, 18, 3, padding=1),
+                bn4=nn.BatchNorm2d(18),
+                relu4=nn.ReLU(),
+                pool2=nn.MaxPool2d(2),
+                dropout2=dropout(),
+            )
+        )
+        self.block3 = nn.Sequential(
+            OrderedDict(
+                conv5=nn.Conv2d(18, 32, 3),
+                bn5=nn.BatchNorm2d(32),
+                relu5=nn.ReLU(),
+                conv6=nn.Conv2d(32, 24, 3),
+                bn6=nn.BatchNorm2d(24),
+                relu6=nn.ReLU(),
+                conv7=nn.Conv2d(24, 10, 3),
+                gap=nn.AdaptiveAvgPool2d(1),
+                flatten=nn.Flatten(),
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
+        return F.log_softmax(self.block3(self.block2(self.block1(images))), dim=1)
+
+
+def build_model(params: ModelParams, seed: int) -> Net:
+    """Return the network with PyTorch's default initialisation drawn from `seed`.
+
+    Raises:
+        UserError: it has `params.parameter_budget` parameters or more.
+    """
+    torch.manual_seed(seed)
+    model = Net(params)
+    parameters = count_parameters(model)
+    if parameters >= params.parameter_budget:
+        raise UserError(
+            f"the network has {parameters:,} parameters, which is not under model.parameter_budget "
+            f"({params.parameter_budget:,}): raise the budget or choose a smaller network"
+        )
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Count the learned parameters; batch normalisation's running statistics are not learned."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def save_model(model: Net, path: Path, params: ModelParams, data: DataParams) -> None:
+    """Write weights as safetensors; the metadata holds all that is needed to build and feed the network again."""
+    metadata = {
+        "architecture": json.dumps(params.model_dump(), sort_keys=True),
+        "normalization": json.dumps({"mean": data.mean, "std": data.std}),
+        "parameters": str(count_parameters(model)),
+    }
+    weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    write_bytes(path, safetensors.torch.save(weights, metadata))
+
+
+def load_model(path: Path) -> Net:
+    """Build the network that a file of `save_model` describes, and load its weights.
+
+    Raises:
+        UserError: the file is absent, damaged, or of another network.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            params = ModelParams.model_validate_json(file.metadata()["architecture"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        model = Net(params)
+        model.load_state_dict(weights)
+    except FileNotFoundError:
+        raise UserError(f"{path} is absent: `dvc repro` makes it") from None
+    except (
+        safetensors.SafetensorError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        raise UserError(f"{path} is not a model of this pipeline ({str(error).splitlines()[0]})") from None
+    return model.eval()

@@ -1,0 +1,150 @@
+"""`params.yaml`, parsed once into frozen types that refuse what they do not know."""
+
+from pathlib import Path
+from typing import Annotated, Literal, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from mnist_pipeline.errors import UserError
+from mnist_pipeline.paths import PARAMS
+
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Section(BaseModel):
+    """A part of the params: frozen, strict about types, closed to unknown keys, finite numbers only."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataParams(Section):
+    """How images become the network's input."""
+
+    validation_size: Annotated[int, Field(ge=0)]
+    mean: Probability
+    std: Positive
+
+    @property
+    def monitor_name(self) -> str:
+        """What the images that monitor a training are called."""
+        return "Validation" if self.validation_size else "Test"
+
+
+class ModelParams(Section):
+    """The network and the number of parameters that it stays under."""
+
+    dropout: Probability
+    dropout_kind: Literal["element", "channel"]
+    parameter_budget: Count
+
+
+class SchedulerParams(Section):
+    """`torch.optim.lr_scheduler.StepLR`: multiply the learning rate by `gamma` after every `step_size` epochs."""
+
+    step_size: Count
+    gamma: Annotated[float, Field(gt=0, le=1)]
+
+
+class TrainParams(Section):
+    """What one training does."""
+
+    epochs: Count
+    batch_size: Count
+    optimizer: Literal["adam", "adamw", "sgd"]
+    learning_rate: Positive
+    weight_decay: Annotated[float, Field(ge=0)]
+    scheduler: SchedulerParams
+
+
+class EvaluateParams(Section):
+    """How the test images pass through the network."""
+
+    batch_size: Count
+
+
+class ReportParams(Section):
+    """What the report shows."""
+
+    gallery_size: Count
+
+
+class Params(Section):
+    """The whole of `params.yaml`."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    threads: Annotated[int, Field(ge=1, le=256)]
+    data: DataParams
+    model: ModelParams
+    train: TrainParams
+    evaluate: EvaluateParams
+    report: ReportParams
+
+
+def load_params(path: Path = PARAMS) -> Params:
+    """Read and check the params.
+
+    Raises:
+        UserError: the file is absent, no YAML, or has a key or a value that does not belong there.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is absent: restore it with `git checkout {path}`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{where} is not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must hold sections such as `train:`, and holds {describe(content)}")
+    try:
+        return Params.model_validate(content)
+    except ValidationError as error:
+        raise UserError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+def explain(error: ErrorDetails) -> str:
+    """Say in a phrase which key is wrong and what would be right."""
+    key = ".".join(map(str, error["loc"]))
+    match error["type"]:
+        case "missing":
+            return f"{key} is missing"
+        case "extra_forbidden":
+            return f"{key} is unknown: choose from {', '.join(known_keys(error['loc'][:-1]))}"
+        case "model_type":
+            return f"{key} must be a section with keys of its own, and is {describe(error['input'])}"
+    rule = error["msg"].removeprefix("Input should be ")
+    return f"{key} must be {rule}, and is {describe(error['input'])}"
+
+
+def known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """List the keys of the section at a location in the params."""
+    section: type[BaseModel] = Params
+    for key in location:
+        section = cast("type[BaseModel]", section.model_fields[str(key)].annotation)
+    return list(section.model_fields)
+
+
+def describe(value: object) -> str:
+    """Name a value as its writer would: YAML reads `1e-3` as text, so the number it was meant to be is said."""
+    match value:
+        case None:
+            return "empty"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a section"
+        case list():
+            return "a list"
+        case str():
+            try:
+                return f"the text {value!r} (write {float(value):.15g})"
+            except ValueError:
+                return f"the text {value!r}"
+    return repr(value)

@@ -1,0 +1,17 @@
+"""The names of all files, relative to the repository's root, where every stage runs."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+
+RAW = Path("data/raw")
+DIGESTS = Path("data/SHA256SUMS")
+
+MODEL = Path("models/model.safetensors")
+
+REPORTS = Path("reports")
+HISTORY = REPORTS / "history.csv"
+METRICS = REPORTS / "metrics.json"
+PREDICTIONS = REPORTS / "predictions.csv"
+REPORT = REPORTS / "report.md"
+FIGURES = REPORTS / "figures"

@@ -1,0 +1,129 @@
+"""MLflow: one run for each training, to which later stages add what they find. No other module imports it."""
+
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from torch import Tensor, nn
+
+from mnist_pipeline.files import sha256, sha256_of_directory
+from mnist_pipeline.training import EpochResult
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import mlflow  # reads the environment when it is imported
+
+EXPERIMENT = "mnist"
+
+
+class Run:
+    """The MLflow run of one training."""
+
+    def __init__(self) -> None:
+        self.epoch_start = time.perf_counter()
+
+    def log_epoch(self, result: EpochResult) -> None:
+        """Log an epoch's scores, its learning rate and how long it took."""
+        metrics = result.row() | {"epoch_seconds": time.perf_counter() - self.epoch_start}
+        mlflow.log_metrics(metrics, step=int(metrics.pop("epoch")))
+        self.epoch_start = time.perf_counter()
+
+    def log_model(self, model: nn.Module, path: Path, example: Tensor) -> None:
+        """Log the model with its signature, and the digest of its file, by which later stages find the run.
+
+        `example` is a batch of at least two normalised images: exported from one alone, the model would take no more.
+        """
+        model = model.cpu().eval()
+        example = example.cpu()
+        mlflow.pytorch.log_model(
+            model,
+            name="model",
+            input_example=example.numpy(),
+            signature=mlflow.models.infer_signature(example.numpy(), model(example).detach().numpy()),
+            serialization_format="pt2",  # torch.export's format holds no pickle
+            pip_requirements=[f"torch=={version('torch')}"],
+        )
+        mlflow.set_tag("model_sha256", sha256(path))
+
+
+@contextmanager
+def training_run(params: Mapping[str, object], data: Path, parameters: int) -> Iterator[Run]:
+    """Open a run for a training and close it as the block ends, well or not.
+
+    It starts with the params, the number of learned parameters, the data's digest and the git commit.
+    """
+    connect()
+    with mlflow.start_run():
+        mlflow.set_tags({"git_commit": git_commit(), "data_sha256": sha256_of_directory(data)})
+        mlflow.log_params(flatten(params))
+        mlflow.log_metric("parameters", parameters)
+        yield Run()
+
+
+def add_to_run_of(
+    model: Path,
+    metrics: Mapping[str, object] | None = None,
+    artifacts: Iterable[Path] = (),
+) -> None:
+    """Add metrics and files to the newest run that trained the model in a file, if there is one.
+
+    The file's digest finds the run, so no stage has to write a run's id into its outputs.
+    """
+    connect()
+    found = mlflow.search_runs(
+        experiment_names=[EXPERIMENT],
+        filter_string=f"tags.model_sha256 = '{sha256(model)}'",
+        max_results=1,
+        output_format="list",
+    )
+    if not found:
+        print(f"No MLflow run trained {model}, so nothing is logged: `dvc repro --force train` makes one")
+        return
+    with mlflow.start_run(run_id=found[0].info.run_id):
+        mlflow.log_metrics(flatten(metrics or {}))
+        for artifact in artifacts:
+            log = mlflow.log_artifacts if artifact.is_dir() else mlflow.log_artifact
+            log(str(artifact), str(artifact.parent if artifact.is_file() else artifact))
+
+
+def connect() -> None:
+    """Choose the tracking store and make the experiment in it.
+
+    It is the server that `MLFLOW_TRACKING_URI` names, else `mlflow.db` at the root of the repository, with the
+    artifacts beside it. Both are absolute: DVC runs experiments in a temporary copy and names the original `DVC_ROOT`.
+    """
+    root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+    artifacts = None
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
+        artifacts = (root / "mlartifacts").as_uri()
+    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+        mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts)
+    mlflow.set_experiment(EXPERIMENT)
+
+
+def git_commit() -> str:
+    """Return the commit of the working tree, or say that there is none."""
+    git = subprocess.run(
+        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return git.stdout.strip() or "none: not a git repository"
+
+
+def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+    """Name each value by its path, as DVC does: `{"train": {"epochs": 14}}` becomes `{"train.epochs": 14}`."""
+    flat: dict[str, Any] = {}
+    for name, value in params.items():
+        if isinstance(value, BaseModel):
+            flat |= flatten(value.model_dump(), f"{prefix}{name}.")
+        elif isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,17 @@
+"""Bring MNIST's four files to data/raw, verified, and say what is in them."""
+
+from mnist_pipeline.data import load_digits
+from mnist_pipeline.download import download, read_digests
+from mnist_pipeline.errors import run
+from mnist_pipeline.paths import DIGESTS, RAW
+
+
+def main() -> None:
+    download(RAW, read_digests(DIGESTS))
+    for part in ("train", "test"):
+        digits = load_digits(RAW, part)
+        print(f"{part}: {len(digits):,} images; of each class from 0 to 9: {digits.per_class()}")
+
+
+if __name__ == "__main__":
+    run(main)
