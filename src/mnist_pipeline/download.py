@@ -106,9 +106,8 @@ def copy_from(source: Path, target: Path) -> Path:
     """Copy the files, plain or gzipped, from a directory that the user names."""
     for name in tqdm(FILES, desc="Copying", unit="file", disable=None):
         plain, gzipped = source / name, source / f"{name}.gz"
-        opened = gzip.open(gzipped) if gzipped.is_file() and not plain.is_file() else plain.open("rb")
-        with opened as content, (target / name).open("wb") as copy:
-            shutil.copyfileobj(content, copy)
+        content = gzip.decompress(gzipped.read_bytes()) if gzipped.is_file() else plain.read_bytes()
+        (target / name).write_bytes(content)
     return target
 
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from mnist_pipeline.errors import UserError
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace `path` by `content` in one step: a reader sees the old file or the new one, never a part.
@@ -48,10 +50,21 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Read a CSV with a header as one dictionary a row."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def read_text(path: Path) -> str:
+    """Read a stage's output.
+
+    Raises:
+        UserError: it is absent or no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): `dvc repro` makes it") from None
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """Read a table of numbers under a header, one dictionary a row."""
+    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(read_text(path)))]
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,8 @@
 """`params.yaml`, parsed once into frozen types that refuse what they do not know."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -107,6 +108,18 @@ def load_params(path: Path = PARAMS) -> Params:
         return Params.model_validate(content)
     except ValidationError as error:
         raise UserError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Name nested values by their path, as DVC does: `{"train": {"epochs": 14}}` becomes `{"train.epochs": 14}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = value.model_dump() if isinstance(value, BaseModel) else value
+        if isinstance(nested, Mapping):
+            flat |= {f"{name}.{key}": leaf for key, leaf in flatten(nested).items()}
+        else:
+            flat[name] = nested
+    return flat
 
 
 def explain(error: ErrorDetails) -> str:

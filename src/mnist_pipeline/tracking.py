@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
 from torch import Tensor, nn
 
 from mnist_pipeline.files import sha256, sha256_of_directory
+from mnist_pipeline.params import flatten
 from mnist_pipeline.training import EpochResult
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -114,16 +113,3 @@ def git_commit() -> str:
         ["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False
     )
     return git.stdout.strip() or "none: not a git repository"
-
-
-def flatten(params: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
-    """Name each value by its path, as DVC does: `{"train": {"epochs": 14}}` becomes `{"train.epochs": 14}`."""
-    flat: dict[str, Any] = {}
-    for name, value in params.items():
-        if isinstance(value, BaseModel):
-            flat |= flatten(value.model_dump(), f"{prefix}{name}.")
-        elif isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

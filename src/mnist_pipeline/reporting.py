@@ -1,0 +1,219 @@
+"""The report: every table of the specification, computed from the run and set beside the published figures."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from mnist_pipeline import specification
+from mnist_pipeline.architecture import Layer
+from mnist_pipeline.data import CLASSES, SIDE, Digits
+from mnist_pipeline.figures import draw_confusion_matrix, draw_gallery, draw_learning_curves
+from mnist_pipeline.files import read_csv, read_text
+from mnist_pipeline.params import Params, flatten
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the earlier stages wrote: a row for each epoch, the test metrics, a row for each test image."""
+
+    history: list[Row]
+    metrics: dict[str, Any]
+    predictions: list[Row]
+
+    @property
+    def misclassified(self) -> list[Row]:
+        """The wrong predictions, the most confident first."""
+        wrong = [row for row in self.predictions if row["prediction"] != row["label"]]
+        return sorted(wrong, key=lambda row: (-row["probability"], row["index"]))
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts (10, 10) of the labels (rows) by prediction (columns)."""
+        counts = np.zeros((CLASSES, CLASSES), dtype=int)
+        np.add.at(counts, ([int(row["label"]) for row in self.predictions],
+                           [int(row["prediction"]) for row in self.predictions]), 1)  # fmt: skip
+        return counts
+
+
+def load_results(history: Path, metrics: Path, predictions: Path) -> Results:
+    """Read what the earlier stages wrote.
+
+    Raises:
+        UserError: a file is absent.
+    """
+    return Results(read_csv(history), json.loads(read_text(metrics)), read_csv(predictions))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A figure of ours beside the published one, both as text; empty where the specification has none."""
+
+    name: str
+    ours: str
+    published: str
+
+
+def compare(results: Results, monitor_name: str) -> list[Comparison]:
+    """Set the main figures beside the specification's."""
+    first, last = results.history[0], results.history[-1]
+    best = max(results.history, key=lambda row: row["monitor_accuracy"])
+    published = [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT]
+    best_published = max(range(len(published)), key=published.__getitem__)
+    monitor = monitor_name.lower()
+    return [
+        Comparison("Final test accuracy", f"{results.metrics['accuracy']:.2%}", f"{published[-1]:.2%}"),
+        Comparison(
+            f"Best {monitor} accuracy",
+            f"{best['monitor_accuracy']:.2%} (epoch {best['epoch']:.0f})",
+            f"{published[best_published]:.2%} (epoch {best_published + 1})",
+        ),
+        Comparison(f"{monitor_name} accuracy after epoch 1", f"{first['monitor_accuracy']:.2%}", f"{published[0]:.2%}"),
+        Comparison(
+            f"{monitor_name} loss, first to last epoch",
+            f"{first['monitor_loss']:.4f} → {last['monitor_loss']:.4f}",
+            f"{specification.TEST_LOSS[0]:.4f} → {specification.TEST_LOSS[-1]:.4f}",
+        ),
+        Comparison(
+            "Misclassified test images",
+            f"{results.metrics['misclassified']:,} of {results.metrics['total']:,}",
+            f"{specification.TEST_IMAGES - specification.TEST_CORRECT[-1]} of {specification.TEST_IMAGES:,}",
+        ),
+        Comparison("Parameters", f"{results.metrics['parameters']:,}", f"{specification.PARAMETERS:,}"),
+        Comparison(
+            "Weights, 4 bytes each",
+            f"{results.metrics['parameters'] * 4 / 1024:.0f} KiB",
+            f"about {specification.MODEL_KB} KB",
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A point of the specification's checklist, whether the run meets it, and by what figures."""
+
+    name: str
+    met: bool
+    evidence: str
+
+
+def check_requirements(
+    params: Params, layers: Sequence[Layer], results: Results, train: int, test: int
+) -> list[Requirement]:
+    """Evaluate the specification's checklist on the run."""
+    kinds = [layer.kind for layer in layers]
+    followers = [after for before, after in pairwise(kinds) if before == "Conv2d"]
+    parameters = sum(layer.parameters for layer in layers)
+    accuracy = results.metrics["accuracy"]
+    published = specification.TEST_CORRECT[-1] / specification.TEST_IMAGES
+    error = math.sqrt(published * (1 - published) * (1 / test + 1 / specification.TEST_IMAGES))
+    return [
+        Requirement(
+            "Parameter constraint",
+            parameters < params.model.parameter_budget,
+            f"{parameters:,} parameters, under {params.model.parameter_budget:,}",
+        ),
+        Requirement(
+            "MNIST dataset",
+            (train, test) == (specification.TRAIN_IMAGES, specification.TEST_IMAGES),
+            f"{train:,} training and {test:,} test images",
+        ),
+        Requirement(
+            "CNN architecture",
+            len({layer.block for layer in layers}) == 3 and kinds.count("Conv2d") == 7,  # the specification's
+            f"{kinds.count('Conv2d')} convolutions in {len({layer.block for layer in layers})} blocks",
+        ),
+        Requirement(
+            "Batch normalisation",
+            all(kind == "BatchNorm2d" for kind in followers[:-1]) and followers[-1] != "BatchNorm2d",
+            f"after {followers.count('BatchNorm2d')} of {len(followers)} convolutions, the last one left bare",
+        ),
+        Requirement(
+            "High performance",
+            accuracy >= published - 2 * error,
+            f"{accuracy:.2%} on the test images; {published:.2%} published; "
+            f"two standard errors of their difference are {2 * error:.2%}",
+        ),
+        Requirement(
+            "Modern techniques",
+            {"AdaptiveAvgPool2d", "BatchNorm2d"} <= set(kinds) and any("Dropout" in kind for kind in kinds),
+            "global average pooling, dropout, batch normalisation",
+        ),
+        Requirement(
+            "Fast training",
+            len(results.history) <= len(specification.TEST_CORRECT),
+            f"{len(results.history)} epochs, {len(specification.TEST_CORRECT)} published",
+        ),
+        Requirement(
+            "Documentation",
+            parameters == results.metrics["parameters"],
+            f"this report accounts for {parameters:,} of {results.metrics['parameters']:,} parameters",
+        ),
+    ]
+
+
+def steps_by_block(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
+    """Group the layers of each block into steps: a convolution or a pooling with the pointwise layers behind it."""
+    blocks: dict[str, list[list[Layer]]] = {}
+    for layer in layers:
+        steps = blocks.setdefault(layer.block, [])
+        if "Conv" in layer.kind or "Pool" in layer.kind or not steps:
+            steps.append([])
+        steps[-1].append(layer)
+    return blocks
+
+
+def draw_figures(directory: Path, results: Results, test: Digits, params: Params) -> None:
+    """Draw the report's figures into a directory."""
+    draw_learning_curves(
+        directory / "learning_curves.png",
+        results.history,
+        params.data.monitor_name,
+        specification.TEST_LOSS,
+        [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT],
+    )
+    draw_confusion_matrix(directory / "confusion_matrix.png", results.confusion)
+    draw_gallery(directory / "misclassified.png", test, results.misclassified[: params.report.gallery_size])
+
+
+def render_report(params: Params, training: Digits, test: Digits, layers: Sequence[Layer], results: Results) -> str:
+    """Return the report as Markdown."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mnist_pipeline"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,  # noqa: S701 (Markdown, of our own numbers)
+    )
+    confused = results.confusion - np.diag(results.confusion.diagonal())
+    return environment.get_template("report.md.j2").render(
+        params=params,
+        configuration=flatten(params.model_dump()),
+        training=training,
+        test=test,
+        side=SIDE,
+        layers=layers,
+        blocks=steps_by_block(layers),
+        channels=[1, *(layer.output_shape[0] for layer in layers if layer.kind == "Conv2d")],
+        results=results,
+        monitor=params.data.monitor_name,
+        comparisons=compare(results, params.data.monitor_name),
+        requirements=check_requirements(params, layers, results, len(training), len(test)),
+        confusions=[
+            (int(label), int(prediction), int(confused[label, prediction]))
+            for label, prediction in zip(
+                *np.unravel_index(np.argsort(-confused, axis=None, kind="stable"), confused.shape), strict=True
+            )
+            if confused[label, prediction]
+        ][:5],
+        published=specification,
+    )
