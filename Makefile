@@ -1,1 +1,56 @@
+# The project's vocabulary, the same for people, hooks and CI. Every target sets up what it needs.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup repro test check lock ui bench dropout readme
+
+PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --group dev --generate-hashes \
+	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml --output-file
+
+help: ## list the targets (the default)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+setup: .venv/installed ## make .venv and install what the lock file names
+
+.venv/installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=…" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	pip install --quiet --require-hashes --requirement requirements.lock
+	pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+repro: setup ## run the pipeline: only the stages whose inputs changed
+	dvc repro
+
+test: setup ## run all tests, the quick ones first
+	pytest
+
+check: setup ## lint, format, types, and the lock file in step with pyproject.toml
+	ruff format --check
+	ruff check
+	mypy
+	@cp requirements.lock .venv/requirements.lock && $(COMPILE) .venv/requirements.lock
+	@cmp requirements.lock .venv/requirements.lock || { echo "error: requirements.lock is not in step with pyproject.toml: make lock" >&2; exit 1; }
+
+lock: setup ## renew the lock file
+	$(COMPILE) requirements.lock --upgrade
+
+ui: setup ## browse the runs in MLflow
+	mlflow ui
+
+bench: setup repro ## time an epoch beside the plain loop, measure memory: reports/bench.json (minutes)
+	python -m mnist_pipeline.bench
+
+dropout: setup ## train both kinds of dropout on three seeds: reports/dropout.csv (an hour)
+	for seed in 0 1 2; do for kind in element channel; do \
+		dvc exp run --temp --name dropout-$$kind-$$seed --set-param seed=$$seed \
+			--set-param model.dropout_kind=$$kind --set-param data.validation_size=5000 || exit 1; \
+	done; done
+	python -m mnist_pipeline.study
+
+readme: setup ## carry the results of the last runs into README.md
+	python -m mnist_pipeline.readme

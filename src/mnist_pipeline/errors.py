@@ -9,8 +9,11 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`; a `UserError` ends it with its one line and exit code 1, no traceback."""
+    """Run a program's `main`; a mistake ends it with one line and exit code 1, no traceback.
+
+    So does what the machine refuses, such as a full disk or a missing permission.
+    """
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -1,6 +1,7 @@
 """`params.yaml`, parsed once into frozen types that refuse what they do not know."""
 
 from collections.abc import Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -100,7 +101,8 @@ def load_params(path: Path = PARAMS) -> Params:
     except yaml.MarkedYAMLError as error:
         where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{where} is not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
+        # PyYAML lets Python's own errors through where it cannot convert a scalar.
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `train:`, and holds {describe(content)}")
@@ -124,11 +126,11 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def explain(error: ErrorDetails) -> str:
     """Say in a phrase which key is wrong and what would be right."""
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(repr(str(part))[1:-1] for part in error["loc"])
     match error["type"]:
         case "missing":
             return f"{key} is missing"
-        case "extra_forbidden":
+        case "extra_forbidden" | "invalid_key":
             return f"{key} is unknown: choose from {', '.join(known_keys(error['loc'][:-1]))}"
         case "model_type":
             return f"{key} must be a section with keys of its own, and is {describe(error['input'])}"
@@ -157,7 +159,8 @@ def describe(value: object) -> str:
             return "a list"
         case str():
             try:
-                return f"the text {value!r} (write {float(value):.15g})"
+                number = Decimal(f"{float(value):.15g}")
             except ValueError:
                 return f"the text {value!r}"
+            return f"the text {value!r}" + (f" (write {number:f})" if number.is_finite() else "")
     return repr(value)

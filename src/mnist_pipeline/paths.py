@@ -15,3 +15,8 @@ METRICS = REPORTS / "metrics.json"
 PREDICTIONS = REPORTS / "predictions.csv"
 REPORT = REPORTS / "report.md"
 FIGURES = REPORTS / "figures"
+
+# Written by `make dropout` and `make bench`, no outputs of a stage.
+DROPOUT = REPORTS / "dropout.csv"
+BENCH = REPORTS / "bench.json"
+README = Path("README.md")

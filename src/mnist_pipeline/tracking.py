@@ -7,9 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import flatten
 from mnist_pipeline.training import EpochResult
@@ -58,7 +60,7 @@ def training_run(params: Mapping[str, object], data: Path, parameters: int) -> I
     It starts with the params, the number of learned parameters, the data's digest and the git commit.
     """
     connect()
-    with mlflow.start_run():
+    with mlflow.start_run(run_name=os.environ.get("DVC_EXP_NAME")):
         mlflow.set_tags({"git_commit": git_commit(), "data_sha256": sha256_of_directory(data)})
         mlflow.log_params(flatten(params))
         mlflow.log_metric("parameters", parameters)
@@ -91,20 +93,41 @@ def add_to_run_of(
             log(str(artifact), str(artifact.parent if artifact.is_file() else artifact))
 
 
+def finished_runs(condition: str) -> list[dict[str, Any]]:
+    """Return the finished runs that meet a condition in MLflow's search syntax, oldest first.
+
+    Each is flat, under `params.…` and `metrics.…`; of a metric, the last value.
+    """
+    connect()
+    runs = mlflow.search_runs(
+        experiment_names=[EXPERIMENT],
+        filter_string=f"attributes.status = 'FINISHED' and {condition}",
+        order_by=["attributes.start_time"],
+        output_format="list",
+    )
+    return [flatten({"params": run.data.params, "metrics": run.data.metrics}) for run in runs]
+
+
 def connect() -> None:
     """Choose the tracking store and make the experiment in it.
 
     It is the server that `MLFLOW_TRACKING_URI` names, else `mlflow.db` at the root of the repository, with the
     artifacts beside it. Both are absolute: DVC runs experiments in a temporary copy and names the original `DVC_ROOT`.
+
+    Raises:
+        UserError: MLflow cannot use it.
     """
     root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
     artifacts = None
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"sqlite:///{root / 'mlflow.db'}")
         artifacts = (root / "mlartifacts").as_uri()
-    if mlflow.get_experiment_by_name(EXPERIMENT) is None:
-        mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts)
-    mlflow.set_experiment(EXPERIMENT)
+    try:
+        if mlflow.get_experiment_by_name(EXPERIMENT) is None:
+            mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts)
+        mlflow.set_experiment(EXPERIMENT)
+    except mlflow.MlflowException as error:
+        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def git_commit() -> str:

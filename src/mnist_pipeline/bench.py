@@ -1,0 +1,107 @@
+"""What an epoch costs beside the plain loop, and the memory that training takes (`make bench`)."""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision import datasets, transforms
+from tqdm import tqdm
+
+from mnist_pipeline.data import load_digits
+from mnist_pipeline.errors import UserError, run
+from mnist_pipeline.files import write_json
+from mnist_pipeline.inference import set_up_torch
+from mnist_pipeline.model import build_model
+from mnist_pipeline.params import Params, load_params
+from mnist_pipeline.paths import BENCH, PARAMS, RAW
+from mnist_pipeline.training import train
+
+ROUNDS = 3
+
+
+def main() -> None:
+    """Time one epoch of both loops in turn, A B A B, and write the ratios and the training's peak memory."""
+    params = load_params()
+    device = set_up_torch(params.threads)
+    loops: dict[str, Callable[[Params, torch.device], None]] = {"pipeline": pipeline_epoch, "plain": plain_epoch}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for _ in tqdm(range(ROUNDS), desc="Epochs of both loops", disable=None):
+        for name, epoch in loops.items():
+            start = time.perf_counter()
+            epoch(params, device)
+            seconds[name].append(time.perf_counter() - start)
+    ratios = [ours / plain for ours, plain in zip(seconds["pipeline"], seconds["plain"], strict=True)]
+    result = {
+        "epoch_seconds": seconds,
+        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "train_peak_memory_mb": peak_memory_of_training(params),
+    }
+    write_json(BENCH, result)
+    print(f"An epoch takes {result['ratio']} of the plain loop's time; details in {BENCH}")
+
+
+def pipeline_epoch(params: Params, device: torch.device) -> None:
+    """Load the data, train one epoch and score the test images with this project's loop."""
+    training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
+    model = build_model(params.model, params.seed).to(device)
+    one_epoch = params.train.model_copy(update={"epochs": 1})
+    list(train(model, training, test, one_epoch, params.seed))
+
+
+def plain_epoch(params: Params, device: torch.device) -> None:
+    """Do the same the plain way: a DataLoader that applies torchvision's transforms image by image."""
+    transform = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((params.data.mean,), (params.data.std,))]
+    )
+    with tempfile.TemporaryDirectory() as root:
+        (Path(root) / "MNIST").mkdir()
+        (Path(root) / "MNIST" / "raw").symlink_to(RAW.resolve())  # where torchvision looks
+        training, test = (datasets.MNIST(root, train=part, transform=transform) for part in (True, False))
+    model = build_model(params.model, params.seed).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), params.train.learning_rate, weight_decay=params.train.weight_decay)
+    model.train()
+    for images, labels in DataLoader(training, params.train.batch_size, shuffle=True):
+        optimizer.zero_grad()
+        F.nll_loss(model(images.to(device)), labels.to(device)).backward()
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        for images, labels in DataLoader(test, params.evaluate.batch_size):
+            F.nll_loss(model(images.to(device)), labels.to(device), reduction="sum").item()
+
+
+def peak_memory_of_training(params: Params) -> float:
+    """Run the train stage for one epoch in a temporary directory; return its largest resident memory in MB (10⁶)."""
+    stage = Path("stages/train.py").resolve()
+    with tempfile.TemporaryDirectory() as root:
+        shutil.copytree(RAW, Path(root) / RAW)
+        shortened = params.model_dump()
+        shortened["train"]["epochs"] = 1
+        (Path(root) / PARAMS).write_text(yaml.safe_dump(shortened), encoding="utf-8")
+        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
+        process = subprocess.Popen(
+            [sys.executable, str(stage)],
+            cwd=root,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        raise UserError("the train stage failed: run `dvc repro train` to see why")
+    # Linux counts in KiB, macOS in bytes (getrusage(2)).
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,73 @@
+"""Carry the figures of the last runs into the README, between the comments that mark their places (`make readme`)."""
+
+import csv
+import io
+import json
+import re
+import statistics
+
+from mnist_pipeline.errors import run
+from mnist_pipeline.files import read_text, write_text
+from mnist_pipeline.params import load_params
+from mnist_pipeline.paths import BENCH, DROPOUT, HISTORY, METRICS, PREDICTIONS, README
+from mnist_pipeline.reporting import compare, load_results
+
+
+def main() -> None:
+    """Renew every marked part of the README."""
+    write_text(README, renew(read_text(README)))
+
+
+def renew(readme: str) -> str:
+    """Return the README with the text between `<!-- name -->` and `<!-- /name -->` made again from the reports."""
+    for name, part in {"results": results, "dropout": dropout, "bench": bench}.items():
+        readme = re.sub(
+            f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+            lambda marks, part=part: f"{marks[1]}{part()}\n{marks[2]}",  # type: ignore[misc]
+            readme,
+            flags=re.DOTALL,
+        )
+    return readme
+
+
+def results() -> str:
+    """The main figures of the committed run beside the specification's."""
+    rows = compare(load_results(HISTORY, METRICS, PREDICTIONS), load_params().data.monitor_name)
+    return table(["", "this repository", "specification"], [[row.name, row.ours, row.published] for row in rows])
+
+
+def dropout() -> str:
+    """Both kinds of dropout: each seed's accuracies, and their means."""
+    rows = list(csv.DictReader(io.StringIO(read_text(DROPOUT))))
+    lines = []
+    for kind in sorted({row["dropout_kind"] for row in rows}, reverse=True):
+        chosen = [row for row in rows if row["dropout_kind"] == kind]
+        cells = [kind, ", ".join(row["seed"] for row in chosen)]
+        for part in ("validation", "test"):
+            accuracies = [float(row[f"{part}_accuracy"]) for row in chosen]
+            losses = [float(row[f"{part}_loss"]) for row in chosen]
+            cells.append(", ".join(f"{accuracy:.2%}" for accuracy in accuracies))
+            cells.append(f"**{statistics.mean(accuracies):.2%}**, loss **{statistics.mean(losses):.4f}**")
+        lines.append(cells)
+    return table(["dropout", "seeds", "validation accuracy", "mean", "test accuracy", "mean"], lines)
+
+
+def bench() -> str:
+    """How an epoch compares with the plain loop, and the memory of a training."""
+    measured = json.loads(read_text(BENCH))
+    ratio = measured["ratio"]
+    return (
+        f"An epoch takes **{ratio['median']:.2f}** of the time of the plain loop (a `DataLoader` with torchvision's\n"
+        f"transforms; {ratio['min']:.2f} to {ratio['max']:.2f} over {len(measured['epoch_seconds']['plain'])} rounds "
+        f"in turn), and the train stage peaks at **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory."
+    )
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Format a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    run(main)
