@@ -16,16 +16,9 @@ def main() -> None:
     params = load_params()
     device = set_up_torch(params.threads)
     model = build_model(params.model, params.seed).to(device)
-    training, monitor = (
-        part.tensors(params.data, device) for part in load_training_data(RAW, params.data, params.seed)
-    )
-    settings = {
-        "seed": params.seed,
-        "threads": params.threads,
-        "data": params.data,
-        "model": params.model,
-        "train": params.train,
-    }
+    digits = load_training_data(RAW, params.data, params.seed)
+    training, monitor = (part.tensors(params.data, device) for part in digits)
+    settings = dict(seed=params.seed, threads=params.threads, data=params.data, model=params.model, train=params.train)
     log = TrainingLog(params.train, len(training[1]), params.data.monitor_name)
     with training_run(settings, RAW, count_parameters(model)) as tracked:
         history = []

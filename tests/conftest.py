@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from mnist_pipeline.params import Params, load_params
+
+torch.set_num_threads(1)  # with so few digits, threads would only wait for one another
 
 
 @pytest.fixture

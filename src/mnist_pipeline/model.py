@@ -17,6 +17,8 @@ from mnist_pipeline.params import DataParams, ModelParams
 # Element-wise dropout zeroes single activations; channel-wise, whole feature maps (Tompson et al., arXiv:1411.4280).
 DROPOUT = {"element": nn.Dropout, "channel": nn.Dropout2d}
 
+DESCRIPTION = "model"  # the key of the file's metadata
+
 
 class Net(nn.Module):
     """Map normalised images (N, 1, 28, 28) to log-probabilities (N, 10)."""
@@ -94,13 +96,14 @@ def count_parameters(model: nn.Module) -> int:
 
 def save_model(model: Net, path: Path, params: ModelParams, data: DataParams) -> None:
     """Write weights as safetensors; the metadata holds all that is needed to build and feed the network again."""
-    metadata = {
-        "architecture": json.dumps(params.model_dump(), sort_keys=True),
-        "normalization": json.dumps({"mean": data.mean, "std": data.std}),
-        "parameters": str(count_parameters(model)),
+    description = {
+        "architecture": params.model_dump(),
+        "normalization": {"mean": data.mean, "std": data.std},
+        "parameters": count_parameters(model),
     }
     weights = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    write_bytes(path, safetensors.torch.save(weights, metadata))
+    # All under one key: safetensors writes several in an order that differs from call to call.
+    write_bytes(path, safetensors.torch.save(weights, {DESCRIPTION: json.dumps(description)}))
 
 
 def load_model(path: Path) -> Net:
@@ -111,18 +114,12 @@ def load_model(path: Path) -> Net:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            params = ModelParams.model_validate_json(file.metadata()["architecture"])
+            description = json.loads(file.metadata()[DESCRIPTION])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
-        model = Net(params)
+        model = Net(ModelParams.model_validate(description["architecture"]))
         model.load_state_dict(weights)
-    except FileNotFoundError:
-        raise UserError(f"{path} is absent: `dvc repro` makes it") from None
-    except (
-        safetensors.SafetensorError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        raise UserError(f"{path} is not a model of this pipeline ({str(error).splitlines()[0]})") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error}): `dvc repro` makes it") from None
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is not a model of this pipeline ({' '.join(str(error).split())})") from None
     return model.eval()

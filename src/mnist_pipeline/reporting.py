@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ class Results:
     def confusion(self) -> np.ndarray:
         """Counts (10, 10) of the labels (rows) by prediction (columns)."""
         counts = np.zeros((CLASSES, CLASSES), dtype=int)
-        np.add.at(counts, ([int(row["label"]) for row in self.predictions],
-                           [int(row["prediction"]) for row in self.predictions]), 1)  # fmt: skip
+        for row in self.predictions:
+            counts[int(row["label"]), int(row["prediction"])] += 1
         return counts
 
 
@@ -55,7 +55,7 @@ def load_results(history: Path, metrics: Path, predictions: Path) -> Results:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A figure of ours beside the published one, both as text; empty where the specification has none."""
+    """A figure of ours beside the published one, both as text."""
 
     name: str
     ours: str
@@ -93,7 +93,40 @@ def compare(results: Results, monitor_name: str) -> list[Comparison]:
             f"{results.metrics['parameters'] * 4 / 1024:.0f} KiB",
             f"about {specification.MODEL_KB} KB",
         ),
+        Comparison(
+            "Training time",
+            "in MLflow, as `epoch_seconds`",
+            f"{specification.EPOCH_SECONDS} s an epoch, {specification.TOTAL_MINUTES} minutes",
+        ),
     ]
+
+
+def compare_progress(history: Sequence[Row]) -> list[Comparison]:
+    """Set how the monitor moved, over each stretch of one learning rate and overall, beside the specification."""
+    published = [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT]
+    comparisons = []
+    for rate, group in groupby(history, key=lambda row: row["learning_rate"]):
+        rows = list(group)
+        first, last = int(rows[0]["epoch"]), int(rows[-1]["epoch"])
+        comparisons.append(
+            Comparison(
+                f"Accuracy in epochs {first} to {last}, learning rate {rate:g}",
+                percentages([row["monitor_accuracy"] for row in rows]),
+                percentages(published[first - 1 : last]),
+            )
+        )
+    losses = [row["monitor_loss"] for row in history]
+    return [*comparisons, Comparison("Loss reduction", reduction(losses), reduction(specification.TEST_LOSS))]
+
+
+def percentages(accuracies: Sequence[float]) -> str:
+    """Say between which two accuracies a stretch of epochs moved."""
+    return f"{min(accuracies):.2%} to {max(accuracies):.2%}" if accuracies else ""
+
+
+def reduction(losses: Sequence[float]) -> str:
+    """Say by how much a loss fell from the first epoch to the last."""
+    return f"{1 - losses[-1] / losses[0]:.1%}"
 
 
 @dataclass(frozen=True)
@@ -207,6 +240,7 @@ def render_report(params: Params, training: Digits, test: Digits, layers: Sequen
         results=results,
         monitor=params.data.monitor_name,
         comparisons=compare(results, params.data.monitor_name),
+        progress=compare_progress(results.history),
         requirements=check_requirements(params, layers, results, len(training), len(test)),
         confusions=[
             (int(label), int(prediction), int(confused[label, prediction]))

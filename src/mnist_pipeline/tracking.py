@@ -47,7 +47,7 @@ class Run:
             name="model",
             input_example=example.numpy(),
             signature=mlflow.models.infer_signature(example.numpy(), model(example).detach().numpy()),
-            serialization_format="pt2",  # torch.export's format holds no pickle
+            serialization_format="pt2",  # torch.export's format: weights and program without pickle
             pip_requirements=[f"torch=={version('torch')}"],
         )
         mlflow.set_tag("model_sha256", sha256(path))

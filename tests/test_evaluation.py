@@ -1,0 +1,91 @@
+"""The scores: what a few rows of log-probabilities give by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnist_pipeline.data import load_digits
+from mnist_pipeline.evaluation import measure, predictions
+from mnist_pipeline.inference import predict, score
+from mnist_pipeline.model import Net, build_model
+from mnist_pipeline.params import Params
+
+LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3])
+PREDICTIONS = [0, 1, 2, 3, 9, 5, 6, 7, 8, 9, 3, 5]  # a 4 is taken for a 9, the last 3 for a 5
+
+
+@pytest.fixture
+def log_probabilities() -> Tensor:
+    """0.91 for the prediction, 0.01 for each other class."""
+    probabilities = torch.full((len(LABELS), 10), 0.01)
+    probabilities[range(len(LABELS)), PREDICTIONS] = 0.91
+    return probabilities.log()
+
+
+@pytest.fixture
+def model(params: Params) -> Net:
+    return build_model(params.model, seed=0)
+
+
+@pytest.fixture
+def images(small_data: Path, params: Params) -> Tensor:
+    return load_digits(small_data, "test")[:12].tensors(params.data, torch.device("cpu"))[0]
+
+
+def test_a_score_is_the_mean_negative_log_likelihood_and_the_right_images() -> None:
+    probabilities = torch.full((4, 10), 0.05)
+    probabilities[0, 7], probabilities[1, 0], probabilities[2, 3], probabilities[3, 9] = 0.5, 0.25, 0.8, 0.4
+    scored = score(probabilities.log(), torch.tensor([7, 0, 3, 1]))  # three are right, of the last 0.05 is for its 1
+    assert scored.loss == pytest.approx(-math.log(0.5 * 0.25 * 0.8 * 0.05) / 4)
+    assert (scored.correct, scored.total, scored.accuracy) == (3, 4, 0.75)
+
+
+def test_images_are_counted_once_each(log_probabilities: Tensor) -> None:
+    metrics = measure(log_probabilities, LABELS)
+    assert (metrics["correct"], metrics["misclassified"], metrics["total"]) == (10, 2, 12)
+    assert metrics["accuracy"] == pytest.approx(10 / 12)
+    assert metrics["loss"] == pytest.approx(-(10 * math.log(0.91) + 2 * math.log(0.01)) / 12)
+
+
+def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities: Tensor) -> None:
+    by_class = measure(log_probabilities, LABELS)["per_class_accuracy"]
+    assert by_class == pytest.approx({str(digit): 1.0 for digit in range(10)} | {"3": 2 / 3, "4": 0.0})
+
+
+def test_each_image_has_a_row_in_file_order(log_probabilities: Tensor) -> None:
+    rows = predictions(log_probabilities, LABELS)
+    assert [row["index"] for row in rows] == list(range(12))
+    assert [row["label"] for row in rows] == LABELS.tolist()
+    assert [row["prediction"] for row in rows] == PREDICTIONS
+
+
+def test_a_row_carries_the_probability_of_its_prediction(log_probabilities: Tensor) -> None:
+    assert predictions(log_probabilities, LABELS)[4] == {
+        "index": 4,
+        "label": 4,
+        "prediction": 9,
+        "probability": "0.910000",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 11, 1000])
+def test_predictions_do_not_depend_on_the_batch_size(model: Net, images: Tensor, batch_size: int) -> None:
+    expected = predict(model, images, batch_size=12)
+    assert torch.allclose(predict(model, images, batch_size), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predicting_leaves_the_network_as_it_was(model: Net, images: Tensor, training: bool) -> None:
+    model.train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    predict(model, images, batch_size=12)
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_predicting_is_in_evaluation_mode_whatever_the_networks_mode(model: Net, images: Tensor) -> None:
+    expected = predict(model.eval(), images, batch_size=12)
+    assert torch.equal(predict(model.train(), images, batch_size=12), expected)

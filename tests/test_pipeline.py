@@ -1,0 +1,237 @@
+"""The pipeline as a user runs it: a real `dvc repro` on five hundred digits, in a repository of its own."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+pytestmark = pytest.mark.pipeline
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+OUTPUTS = ["dvc.lock", "data/raw/*", "models/*.safetensors", "reports/**/*"]
+STAGES = ["download", "train", "evaluate", "report"]
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A git repository with the pipeline in it, and no tracking but its own."""
+
+    root: Path
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "GIT_"))}
+        environment = kept | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "MNIST_DIR": str(DATA),
+            **dict.fromkeys(("GIT_AUTHOR_NAME", "GIT_COMMITTER_NAME"), "tests"),
+            **dict.fromkeys(("GIT_AUTHOR_EMAIL", "GIT_COMMITTER_EMAIL"), "tests@example.com"),
+        }
+        return subprocess.run(command, cwd=self.root, env=environment, capture_output=True, text=True, check=False)
+
+    def dvc(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return self.run("dvc", *arguments)
+
+    def commit(self) -> None:
+        self.run("git", "add", "--all").check_returncode()
+        self.run("git", "commit", "--quiet", "--message", "Keep").check_returncode()
+
+    def set_param(self, key: str, value: str) -> None:
+        """Set the first param of that name, as a user would in an editor."""
+        path = self.root / "params.yaml"
+        text, count = re.subn(rf"(?m)^( *{key}:) +\S+", rf"\1 {value}", path.read_text(encoding="utf-8"), count=1)
+        assert count == 1
+        path.write_text(text, encoding="utf-8")
+
+    def runs(self) -> list[Run]:
+        """Return the MLflow runs, the newest first."""
+        client = MlflowClient(tracking_uri=f"sqlite:///{self.root / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("mnist")
+        assert experiment is not None
+        return list(client.search_runs([experiment.experiment_id]))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a command said, and what was there after it."""
+
+    process: subprocess.CompletedProcess[str]
+    files: dict[str, bytes]
+    runs: list[Run]
+
+    @property
+    def said(self) -> str:
+        return self.process.stdout + self.process.stderr
+
+    @property
+    def executed(self) -> list[str]:
+        return re.findall(r"Running stage '(\w+)'", self.said)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    repository = Repository(tmp_path_factory.mktemp("repository"))
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        if name != "dvc.lock" and not name.startswith(("reports/", "tests/")) and (ROOT / name).is_file():
+            (repository.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, repository.root / name)
+    shutil.copy(DATA / "SHA256SUMS", repository.root / "data/SHA256SUMS")
+    repository.set_param("threads", "1")
+    repository.set_param("epochs", "2")
+    repository.set_param("batch_size", "64")
+    repository.run("git", "init", "--quiet").check_returncode()
+    repository.commit()
+    return repository
+
+
+@pytest.fixture(scope="module")
+def story(repository: Repository) -> dict[str, Step]:
+    """Run what a user does in a day, in this order, and keep what each step showed."""
+    steps: dict[str, Step] = {}
+
+    def keep(name: str, *arguments: str) -> None:
+        process = repository.dvc(*arguments)
+        found = [path for pattern in OUTPUTS for path in repository.root.glob(pattern) if path.is_file()]
+        files = {str(path.relative_to(repository.root)): path.read_bytes() for path in found}
+        steps[name] = Step(process, files, repository.runs())
+
+    keep("first", "repro")
+    repository.commit()
+    keep("again", "repro")
+    keep("status", "status")
+    keep("forced", "repro", "--force")
+    keep("trial", "exp", "run", "--temp", "-n", "trial", "-S", "train.learning_rate=0.002")
+    repository.set_param("epochs", "1")
+    keep("shorter", "repro")
+    keep("params diff", "params", "diff")
+    keep("metrics show", "metrics", "show")
+    keep("plots show", "plots", "show")
+    repository.set_param("learning_rate", "2e-3")  # a number to DVC, text to PyYAML
+    keep("mistaken", "repro")
+    return steps
+
+
+@pytest.mark.parametrize(
+    "name", ["first", "again", "status", "forced", "trial", "shorter", "params diff", "metrics show", "plots show"]
+)
+def test_the_command_succeeds(story: dict[str, Step], name: str) -> None:
+    assert story[name].process.returncode == 0, story[name].said
+
+
+def test_the_first_repro_runs_all_stages(story: dict[str, Step]) -> None:
+    assert story["first"].executed == STAGES
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "data/raw/train-images-idx3-ubyte",
+        "models/model.safetensors",
+        "reports/history.csv",
+        "reports/metrics.json",
+        "reports/predictions.csv",
+        "reports/report.md",
+        "reports/figures/learning_curves.png",
+    ],
+)
+def test_the_outputs_are_there(story: dict[str, Step], path: str) -> None:
+    assert len(story["first"].files[path]) > 0
+
+
+def test_git_is_left_with_nothing_that_should_not_be_committed(story: dict[str, Step], repository: Repository) -> None:
+    committed = repository.run("git", "ls-files").stdout.split()
+    assert "dvc.lock" in committed
+    assert "reports/report.md" in committed
+    assert [name for name in committed if re.match(r"mlflow|mlartifacts|models/model|data/raw", name)] == []
+
+
+def test_the_training_is_one_run_with_each_epochs_metrics(story: dict[str, Step], repository: Repository) -> None:
+    [run] = story["first"].runs
+    client = MlflowClient(tracking_uri=f"sqlite:///{repository.root / 'mlflow.db'}")
+    history = client.get_metric_history(run.info.run_id, "monitor_accuracy")
+    assert [point.step for point in history] == [1, 2]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.epochs"] == "2"
+
+
+def test_the_run_has_the_test_metrics_of_the_file(story: dict[str, Step]) -> None:
+    [run] = story["first"].runs
+    metrics = json.loads(story["first"].files["reports/metrics.json"])
+    assert metrics["total"] == 200
+    assert run.data.metrics["test_accuracy"] == metrics["accuracy"]
+    assert run.data.metrics["test_per_class_accuracy.7"] == metrics["per_class_accuracy"]["7"]
+
+
+def test_the_run_has_the_reports(story: dict[str, Step], repository: Repository) -> None:
+    [run] = story["first"].runs
+    client = MlflowClient(tracking_uri=f"sqlite:///{repository.root / 'mlflow.db'}")
+    assert {file.path for file in client.list_artifacts(run.info.run_id, "reports")} == {
+        f"reports/{name}" for name in ("figures", "history.csv", "metrics.json", "predictions.csv", "report.md")
+    }
+
+
+def test_a_second_repro_executes_nothing(story: dict[str, Step]) -> None:
+    assert story["again"].executed == []
+    assert re.findall(r"Stage '(\w+)' didn't change, skipping", story["again"].said) == STAGES
+    assert len(story["again"].runs) == 1
+
+
+def test_the_status_is_clean(story: dict[str, Step]) -> None:
+    assert "Data and pipelines are up to date." in story["status"].said
+
+
+def test_a_forced_repro_makes_the_same_bytes(story: dict[str, Step]) -> None:
+    assert story["forced"].executed == STAGES
+    assert story["forced"].files == story["first"].files
+    assert len(story["forced"].runs) == 2
+
+
+def test_an_experiment_in_a_temporary_copy_is_tracked_with_the_others(story: dict[str, Step]) -> None:
+    before, after = story["forced"].runs, story["trial"].runs
+    assert len(after) == len(before) + 1
+    assert after[0].data.params["train.learning_rate"] == "0.002"
+    assert "test_accuracy" in after[0].data.metrics
+    assert story["trial"].files == story["forced"].files
+
+
+def test_another_param_reruns_the_stages_that_it_reaches(story: dict[str, Step]) -> None:
+    assert story["shorter"].executed == ["train", "evaluate", "report"]
+    assert "Stage 'download' didn't change, skipping" in story["shorter"].said
+    assert len(story["shorter"].files["reports/history.csv"].splitlines()) == 2  # a header and one epoch
+
+
+def test_dvc_shows_the_change_of_a_param(story: dict[str, Step]) -> None:
+    assert re.search(r"params\.yaml\s+train\.epochs\s+2\s+1", story["params diff"].said)
+
+
+def test_dvc_shows_the_metrics(story: dict[str, Step]) -> None:
+    assert "reports/metrics.json" in story["metrics show"].said
+    assert "accuracy" in story["metrics show"].said
+
+
+def test_dvc_shows_the_plots(story: dict[str, Step], repository: Repository) -> None:
+    assert "dvc_plots/index.html" in story["plots show"].said
+    page = (repository.root / "dvc_plots/index.html").read_text(encoding="utf-8")
+    for title in ("Loss (nats an image)", "Accuracy", "Learning rate", "Confusion matrix of the test images"):
+        assert title in page
+
+
+def test_a_bad_param_ends_the_repro_with_one_line(story: dict[str, Step]) -> None:
+    said = story["mistaken"].said
+    assert story["mistaken"].process.returncode != 0
+    assert re.findall("(?m)^error: .*$", said) == [
+        "error: params.yaml: train.learning_rate must be a valid number, and is the text '2e-3' (write 0.002)"
+    ]
+    assert "Traceback" not in said
+    assert len(story["mistaken"].runs) == len(story["shorter"].runs)
