@@ -93,11 +93,6 @@ def compare(results: Results, monitor_name: str) -> list[Comparison]:
             f"{results.metrics['parameters'] * 4 / 1024:.0f} KiB",
             f"about {specification.MODEL_KB} KB",
         ),
-        Comparison(
-            "Training time",
-            "in MLflow, as `epoch_seconds`",
-            f"{specification.EPOCH_SECONDS} s an epoch, {specification.TOTAL_MINUTES} minutes",
-        ),
     ]
 
 
