@@ -26,7 +26,7 @@ setup: .venv/installed ## make .venv and install what the lock file names
 repro: setup ## run the pipeline: only the stages whose inputs changed
 	dvc repro
 
-test: setup ## run all tests, the quick ones first
+test: setup ## run all tests: the quick ones, and real runs of `dvc repro` on 500 digits
 	pytest
 
 check: setup ## lint, format, types, and the lock file in step with pyproject.toml

@@ -1,5 +1,6 @@
 """Train the network and write its weights and the history of its epochs."""
 
+from mnist_pipeline.checkpoint import Checkpoint
 from mnist_pipeline.console import TrainingLog
 from mnist_pipeline.data import load_training_data
 from mnist_pipeline.errors import run
@@ -8,27 +9,31 @@ from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model, count_parameters, save_model
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import HISTORY, MODEL, RAW
+from mnist_pipeline.provenance import trace
 from mnist_pipeline.tracking import training_run
-from mnist_pipeline.training import train
+from mnist_pipeline.training import start_training, train
 
 
 def main() -> None:
+    provenance = trace("train")
     params = load_params()
     device = set_up_torch(params.threads)
-    model = build_model(params.model, params.seed).to(device)
-    digits = load_training_data(RAW, params.data, params.seed)
-    training, monitor = (part.tensors(params.data, device) for part in digits)
+    parts = load_training_data(RAW, params.data, params.seed)
+    digits, monitor = (part.tensors(params.data, device) for part in parts)
+    training = start_training(build_model(params.model, params.seed).to(device), params.train)
+    checkpoint = Checkpoint(provenance.fingerprint)
+    interrupted = checkpoint.restore(training)
     settings = dict(seed=params.seed, threads=params.threads, data=params.data, model=params.model, train=params.train)
-    log = TrainingLog(params.train, len(training[1]), params.data.monitor_name)
-    with training_run(settings, RAW, count_parameters(model)) as tracked:
-        history = []
-        for result in train(model, training, monitor, params.train, params.seed, log.on_batch):
-            log.on_epoch(result)
+    log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
+    with training_run(settings, provenance, count_parameters(training.model), interrupted) as tracked:
+        for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):
             tracked.log_epoch(result)
-            history.append(result)
-        write_csv(HISTORY, [result.row() for result in history])
-        save_model(model, MODEL, params.model, params.data)
-        tracked.log_model(model, MODEL, example=monitor[0][:2])
+            checkpoint.save(training, tracked.id)
+            log.on_epoch(result)
+        write_csv(HISTORY, [result.row() for result in training.history])
+        save_model(training.model, MODEL, params.model, params.data)
+        tracked.log_model(training.model, MODEL, example=monitor[0][:2])
+    checkpoint.remove()
 
 
 if __name__ == "__main__":

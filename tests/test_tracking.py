@@ -16,15 +16,18 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from mnist_pipeline.files import sha256_of_directory
 from mnist_pipeline.inference import Score, predict
 from mnist_pipeline.model import Net, build_model, load_model, save_model
 from mnist_pipeline.params import load_params
+from mnist_pipeline.provenance import Provenance
 from mnist_pipeline.tracking import add_to_run_of, training_run
 from mnist_pipeline.training import EpochResult
 
 DATA = Path(__file__).parent / "data"
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
 MODEL = Path("models/model.safetensors")
+PROVENANCE = Provenance("train", "python stages/train.py", {"data/raw": sha256_of_directory(DATA)}, "0" * 64)
 EPOCHS = [
     EpochResult(1, 0.001, Score(0.5, 250, 300), Score(0.25, 190, 200), 0.0005),
     EpochResult(2, 0.0005, Score(0.25, 280, 300), Score(0.125, 195, 200), 0.0005),
@@ -93,7 +96,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     with tracking_alone() as patch:
         patch.chdir(copy)
         patch.setenv("DVC_ROOT", str(root))
-        with training_run(settings, DATA, 19_210) as tracked:
+        with training_run(settings, PROVENANCE, 19_210, None) as tracked:
             for result in EPOCHS:
                 tracked.log_epoch(result)
             save_model(model, MODEL, PARAMS.model, PARAMS.data)
@@ -107,7 +110,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
             add_to_run_of(Path("models/unknown"), {"test_accuracy": 0.5})
         count = len(runs_in(root / "mlflow.db"))
 
-        with pytest.raises(RuntimeError, match="power cut"), training_run(settings, DATA, 19_210):
+        with pytest.raises(RuntimeError, match="power cut"), training_run(settings, PROVENANCE, 19_210, None):
             raise RuntimeError("power cut")
         failed = runs_in(root / "mlflow.db")[0]
         yield Scenario(root, copy, run, failed, count, printed.getvalue(), load_model(MODEL))
@@ -227,7 +230,7 @@ def test_without_dvc_the_store_is_the_named_one_or_else_at_hand(
         patch.chdir(tmp_path)
         if named:
             patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'named.db'}")
-        with training_run({}, DATA, 19_210):
+        with training_run({}, PROVENANCE, 19_210, None):
             pass
     added = {name: len(runs_in(tmp_path / name)) - before for name in ("mlflow.db", "named.db")}
     assert added == {"mlflow.db": 0 if named else 1, "named.db": 1 if named else 0}

@@ -14,7 +14,8 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.inference import predict, score, set_up_torch
 from mnist_pipeline.model import Net, build_model
 from mnist_pipeline.params import Params, TrainParams
-from mnist_pipeline.training import EpochResult, seed_epoch, train
+from mnist_pipeline.training import EpochResult, seed_epoch, start_training
+from mnist_pipeline.training import train as train_on
 
 Part = tuple[Tensor, Tensor]
 LOSS, NORM = 2.385751, 1.816377  # of the first batch, and of the last convolution's weights after it
@@ -40,6 +41,12 @@ def monitor(small_data: Path, params: Params) -> Part:
 
 def shrunk(params: Params, **changes: Any) -> TrainParams:
     return params.train.model_copy(update={"epochs": 1} | changes)
+
+
+def train(
+    model: Net, digits: Part, monitor: Part, params: TrainParams, seed: int, *on_batch: Any
+) -> Iterator[EpochResult]:
+    return train_on(start_training(model, params), digits, monitor, params, seed, *on_batch)
 
 
 def weights_of(model: Net) -> Tensor:
@@ -230,7 +237,7 @@ def test_pixels_that_are_no_numbers_end_the_training(params: Params, training: P
     parts = {"training": training, "monitor": monitor}
     parts[part][0][7, 0, 14, 14] = torch.nan
     with pytest.raises(UserError, match=r"^epoch 1: .*not finite"):
-        list(train(build_model(params.model, seed=0), **parts, params=shrunk(params), seed=0))
+        list(train(build_model(params.model, seed=0), parts["training"], parts["monitor"], shrunk(params), 0))
 
 
 def test_the_network_learns(params: Params, training: Part) -> None:

@@ -24,7 +24,7 @@ from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model
 from mnist_pipeline.params import Params, load_params
 from mnist_pipeline.paths import BENCH, PARAMS, RAW
-from mnist_pipeline.training import train
+from mnist_pipeline.training import start_training, train
 
 ROUNDS = 3
 
@@ -52,7 +52,7 @@ def pipeline_epoch(params: Params, device: torch.device) -> None:
     training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
     model = build_model(params.model, params.seed).to(device)
     one_epoch = params.train.model_copy(update={"epochs": 1})
-    list(train(model, training, test, one_epoch, params.seed))
+    list(train(start_training(model, one_epoch), training, test, one_epoch, params.seed))
 
 
 def plain_epoch(params: Params, device: torch.device) -> None:
@@ -79,17 +79,17 @@ def plain_epoch(params: Params, device: torch.device) -> None:
 
 def peak_memory_of_training(params: Params) -> float:
     """Run the train stage for one epoch in a temporary directory; return its largest resident memory in MB (10⁶)."""
-    stage = Path("stages/train.py").resolve()
     with tempfile.TemporaryDirectory() as root:
-        shutil.copytree(RAW, Path(root) / RAW)
+        unneeded = shutil.ignore_patterns(".*", "mlflow.db", "mlartifacts")
+        shutil.copytree(".", root, ignore=unneeded, dirs_exist_ok=True)
         shortened = params.model_dump()
         shortened["train"]["epochs"] = 1
         (Path(root) / PARAMS).write_text(yaml.safe_dump(shortened), encoding="utf-8")
         environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
         process = subprocess.Popen(
-            [sys.executable, str(stage)],
+            [sys.executable, "stages/train.py"],
             cwd=root,
-            env=environment,
+            env=environment | {"PYTHONPATH": "src"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

@@ -14,12 +14,12 @@ from mnist_pipeline.training import EpochResult
 class TrainingLog:
     """Print a training's progress as the specification shows it."""
 
-    def __init__(self, params: TrainParams, images: int, monitor_name: str) -> None:
+    def __init__(self, params: TrainParams, images: int, monitor_name: str, epoch: int) -> None:
         self.epochs = params.epochs
         self.batches = math.ceil(images / params.batch_size)
         self.monitor_name = monitor_name
         self.terminal = sys.stderr.isatty()
-        self.epoch = 1
+        self.epoch = epoch
         self.bar: tqdm[Any] = tqdm(disable=True)
 
     def on_batch(self, number: int, loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What a user can get wrong, and how a program ends when they did."""
 
+import signal
 import sys
 from collections.abc import Callable
 
@@ -11,9 +12,13 @@ class UserError(Exception):
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`; a mistake ends it with one line and exit code 1, no traceback.
 
-    So does what the machine refuses, such as a full disk or a missing permission.
+    So does what the machine refuses, such as a full disk or a missing permission. SIGTERM interrupts like Ctrl-C.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)

@@ -94,7 +94,7 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def save_model(model: Net, path: Path, params: ModelParams, data: DataParams) -> None:
+def save_model(model: nn.Module, path: Path, params: ModelParams, data: DataParams) -> None:
     """Write weights as safetensors; the metadata holds all that is needed to build and feed the network again."""
     description = {
         "architecture": params.model_dump(),

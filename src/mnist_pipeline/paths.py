@@ -3,9 +3,12 @@
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+PIPELINE = Path("dvc.yaml")
 
 RAW = Path("data/raw")
 DIGESTS = Path("data/SHA256SUMS")
+
+CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings, outside all outputs
 
 MODEL = Path("models/model.safetensors")
 

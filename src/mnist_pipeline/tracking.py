@@ -1,7 +1,6 @@
 """MLflow: one run for each training, to which later stages add what they find. No other module imports it."""
 
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import sha256, sha256_of_directory
+from mnist_pipeline.files import sha256
 from mnist_pipeline.params import flatten
+from mnist_pipeline.provenance import Provenance, environment
 from mnist_pipeline.training import EpochResult
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -26,7 +26,8 @@ EXPERIMENT = "mnist"
 class Run:
     """The MLflow run of one training."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_id: str) -> None:
+        self.id = run_id
         self.epoch_start = time.perf_counter()
 
     def log_epoch(self, result: EpochResult) -> None:
@@ -54,17 +55,32 @@ class Run:
 
 
 @contextmanager
-def training_run(params: Mapping[str, object], data: Path, parameters: int) -> Iterator[Run]:
-    """Open a run for a training and close it as the block ends, well or not.
+def training_run(
+    params: Mapping[str, object], provenance: Provenance, parameters: int, run_id: str | None
+) -> Iterator[Run]:
+    """Open a run for a training and close it as the block ends: well, failed, or killed by a signal.
 
-    It starts with the params, the number of learned parameters, the data's digest and the git commit.
+    It starts with the params, the number of learned parameters and where all of it comes from. With the id of a run
+    that was interrupted, that run goes on, unless the store has lost it.
     """
     connect()
-    with mlflow.start_run(run_name=os.environ.get("DVC_EXP_NAME")):
-        mlflow.set_tags({"git_commit": git_commit(), "data_sha256": sha256_of_directory(data)})
+    with mlflow.start_run(run_id=known(run_id), run_name=os.environ.get("DVC_EXP_NAME")) as active:
+        mlflow.set_tags(environment() | provenance.tags())
         mlflow.log_params(flatten(params))
         mlflow.log_metric("parameters", parameters)
-        yield Run()
+        try:
+            yield Run(active.info.run_id)
+        except KeyboardInterrupt:
+            mlflow.end_run("KILLED")
+            raise
+
+
+def known(run_id: str | None) -> str | None:
+    """Return the id of a run that the store holds, else None."""
+    try:
+        return run_id and mlflow.get_run(run_id).info.run_id
+    except mlflow.MlflowException:
+        return None
 
 
 def add_to_run_of(
@@ -128,11 +144,3 @@ def connect() -> None:
         mlflow.set_experiment(EXPERIMENT)
     except mlflow.MlflowException as error:
         raise UserError(f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {str(error).splitlines()[0]}") from None
-
-
-def git_commit() -> str:
-    """Return the commit of the working tree, or say that there is none."""
-    git = subprocess.run(
-        ["git", "rev-parse", "--verify", "--quiet", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return git.stdout.strip() or "none: not a git repository"

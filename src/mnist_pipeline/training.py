@@ -46,6 +46,25 @@ class EpochResult:
         }
 
 
+@dataclass(frozen=True)
+class Training:
+    """A training between two epochs: the next epoch depends on this, on the data, the params and the seed alone."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    history: list[EpochResult]
+
+
+def start_training(model: nn.Module, params: TrainParams) -> Training:
+    """Return a training of the model that has no epoch behind it."""
+    optimizer = OPTIMIZERS[params.optimizer](
+        model.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
+    )
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, params.scheduler.step_size, params.scheduler.gamma)
+    return Training(model, optimizer, scheduler, history=[])
+
+
 def seed_epoch(seed: int, epoch: int) -> None:
     """Seed all that an epoch draws (the order of the images, dropout) from the run's seed and the epoch alone.
 
@@ -55,14 +74,14 @@ def seed_epoch(seed: int, epoch: int) -> None:
 
 
 def train(
-    model: nn.Module,
-    training: tuple[Tensor, Tensor],
+    training: Training,
+    digits: tuple[Tensor, Tensor],
     monitor: tuple[Tensor, Tensor],
     params: TrainParams,
     seed: int,
     on_batch: Callable[[int, Tensor], None] = lambda batch, loss: None,
 ) -> Iterator[EpochResult]:
-    """Train the model in place and yield each epoch's result.
+    """Train on from where `training` stands, epoch by epoch, and yield the result of each.
 
     Images are normalised (N, 1, 28, 28), labels (N,), on the model's device. Every image is used once an epoch, the
     last batch holding what is left. `on_batch` hears each batch's number, from 0, and its mean loss.
@@ -70,12 +89,9 @@ def train(
     Raises:
         UserError: a loss is not finite.
     """
-    images, labels = training
-    optimizer = OPTIMIZERS[params.optimizer](
-        model.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
-    )
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, params.scheduler.step_size, params.scheduler.gamma)
-    for epoch in range(1, params.epochs + 1):
+    images, labels = digits
+    model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
+    for epoch in range(len(training.history) + 1, params.epochs + 1):
         seed_epoch(seed, epoch)
         model.train()
         learning_rate = float(scheduler.get_last_lr()[0])
@@ -103,4 +119,5 @@ def train(
                 f"epoch {epoch}: the loss is not finite (training {result.training.loss}, monitor "
                 f"{result.monitor.loss}): lower train.learning_rate ({params.learning_rate:g})"
             )
+        training.history.append(result)
         yield result

@@ -1,0 +1,77 @@
+"""A training kept on disk between two epochs, so that a killed one goes on where it was."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from mnist_pipeline.files import write_bytes
+from mnist_pipeline.inference import Score
+from mnist_pipeline.paths import CHECKPOINTS
+from mnist_pipeline.training import EpochResult, Training
+
+DESCRIPTION = "training"  # the key of the file's metadata
+
+
+class Checkpoint:
+    """The file of one training, named for the fingerprint of all that the training depends on.
+
+    It lies outside the stage's outputs, which DVC deletes before a run, and at the root of the repository, which
+    outlives the temporary copies that DVC runs experiments in. It holds no pickle.
+    """
+
+    def __init__(self, fingerprint: str) -> None:
+        self.path = Path(os.environ.get("DVC_ROOT", ".")) / CHECKPOINTS / f"{fingerprint}.safetensors"
+
+    def save(self, training: Training, run_id: str) -> None:
+        """Write a training and the id of its MLflow run, whole or not at all."""
+        optimizer = training.optimizer.state_dict()
+        tensors = {f"model/{name}": tensor for name, tensor in training.model.state_dict().items()}
+        for index, state in optimizer["state"].items():
+            tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in state.items() if tensor is not None}
+        description = {
+            "run_id": run_id,
+            "history": [asdict(result) for result in training.history],
+            "scheduler": training.scheduler.state_dict(),
+            "param_groups": optimizer["param_groups"],
+        }
+        write_bytes(self.path, safetensors.torch.save(tensors, {DESCRIPTION: json.dumps(description)}))
+
+    def restore(self, training: Training) -> str | None:
+        """Bring a training to where it was interrupted and return the id of its MLflow run.
+
+        Return None, with the training as it was, where there is no checkpoint or a damaged one, which is named.
+        """
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                description = json.loads(file.metadata()[DESCRIPTION])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)
+        except FileNotFoundError:
+            return None
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            print(f"{self.path} is damaged and ignored: {' '.join(str(error).split())}")
+            return None
+        weights: dict[str, Tensor] = {}
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            match name.split("/"):
+                case ["model", key]:
+                    weights[key] = tensor
+                case ["optimizer", index, key]:
+                    state.setdefault(int(index), {})[key] = tensor
+        training.model.load_state_dict(weights)
+        training.optimizer.load_state_dict({"state": state, "param_groups": description["param_groups"]})
+        training.scheduler.load_state_dict(description["scheduler"])
+        for result in description["history"]:
+            scores = {part: Score(**result[part]) for part in ("training", "monitor")}
+            training.history.append(EpochResult(**result | scores))
+        print(f"Going on after epoch {len(training.history)}, from {self.path}")
+        return str(description["run_id"])
+
+    def remove(self) -> None:
+        """Forget a training that has ended well."""
+        self.path.unlink(missing_ok=True)
