@@ -15,15 +15,15 @@ from mnist_pipeline.training import start_training, train
 
 
 def main() -> None:
-    provenance = trace("train")
     params = load_params()
     device = set_up_torch(params.threads)
     parts = load_training_data(RAW, params.data, params.seed)
     digits, monitor = (part.tensors(params.data, device) for part in parts)
     training = start_training(build_model(params.model, params.seed).to(device), params.train)
+    settings = dict(seed=params.seed, threads=params.threads, data=params.data, model=params.model, train=params.train)
+    provenance = trace("train", settings)
     checkpoint = Checkpoint(provenance.fingerprint)
     interrupted = checkpoint.restore(training)
-    settings = dict(seed=params.seed, threads=params.threads, data=params.data, model=params.model, train=params.train)
     log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
     with training_run(settings, provenance, count_parameters(training.model), interrupted) as tracked:
         for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):

@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
-from mnist_pipeline.provenance import environment, trace
+from mnist_pipeline.params import load_params
+from mnist_pipeline.provenance import Provenance, environment, trace
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
+SECTIONS = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["params"]
 
 
 @pytest.fixture
@@ -32,6 +35,11 @@ def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
+def traced() -> Provenance:
+    params = load_params()
+    return trace("train", {name: getattr(params, name) for name in SECTIONS})
+
+
 def alter_a_pixel(repository: Path) -> None:
     path = repository / "data/raw/train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-1] + b"\x01")
@@ -52,10 +60,10 @@ def alter_a_pixel(repository: Path) -> None:
 def test_a_change_of_what_training_reads_changes_its_fingerprint(
     repository: Path, change: Callable[[Path], None]
 ) -> None:
-    before = trace("train").fingerprint
-    assert trace("train").fingerprint == before
+    before = traced().fingerprint
+    assert traced().fingerprint == before
     change(repository)
-    assert trace("train").fingerprint != before
+    assert traced().fingerprint != before
 
 
 @pytest.mark.parametrize(
@@ -70,9 +78,9 @@ def test_a_change_of_what_training_reads_changes_its_fingerprint(
 def test_a_change_of_what_training_does_not_read_leaves_its_fingerprint(
     repository: Path, change: Callable[[Path], None]
 ) -> None:
-    before = trace("train").fingerprint
+    before = traced().fingerprint
     change(repository)
-    assert trace("train").fingerprint == before
+    assert traced().fingerprint == before
 
 
 def test_outside_a_repository_the_commit_is_said_to_be_missing(

@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -11,14 +12,15 @@ from pathlib import Path
 import yaml
 
 from mnist_pipeline.files import sha256, sha256_of_directory
-from mnist_pipeline.paths import MODEL, PARAMS, PIPELINE, RAW, REPORTS
+from mnist_pipeline.params import flatten
+from mnist_pipeline.paths import MODEL, PIPELINE, RAW, REPORTS
 
 OUTPUTS = [MODEL.parent, REPORTS, Path("dvc.lock")]  # what a run changes itself does not make the tree dirty
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """A stage and the SHA-256 of all that it reads, as `dvc.yaml` declares it.
+    """A stage and the SHA-256 of all that it reads: its params, and the files that `dvc.yaml` declares for it.
 
     Two stages of the same `fingerprint` have the same outputs, on the same machine.
     """
@@ -47,16 +49,14 @@ class Provenance:
         }
 
 
-def trace(stage: str) -> Provenance:
-    """Take the digests of what a stage reads. DVC takes its own when the stage has ended (dvc#11058)."""
+def trace(stage: str, params: Mapping[str, object]) -> Provenance:
+    """Take the digests of what a stage reads, before it runs: DVC takes its own when it has ended (dvc#11058)."""
     declared = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
-    values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
-    read = {section: values[section] for section in declared.get("params", [])}
     return Provenance(
         stage,
         declared["cmd"],
         {path: digest(Path(path)) for path in declared["deps"]},
-        hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest(),
+        hashlib.sha256(json.dumps(flatten(params), sort_keys=True).encode()).hexdigest(),
     )
 
 
