@@ -1,7 +1,7 @@
 # The project's vocabulary, the same for people, hooks and CI. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro test check lock ui bench dropout readme
+.PHONY: help setup repro reproduce test check lock ui bench dropout readme
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -12,7 +12,7 @@ COMPILE := uv pip compile --quiet --universal --python-version 3.11 --group dev 
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml --output-file
 
 help: ## list the targets (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/installed ## make .venv and install what the lock file names
 
@@ -41,6 +41,9 @@ lock: setup ## renew the lock file
 
 ui: setup ## browse the runs in MLflow
 	mlflow ui
+
+reproduce: setup ## train the committed commit again in a temporary clone and compare byte for byte
+	python -m mnist_pipeline.reproduce
 
 bench: setup repro ## time an epoch beside the plain loop, measure memory: reports/bench.json (minutes)
 	python -m mnist_pipeline.bench

@@ -111,6 +111,7 @@ def story(repository: Repository) -> dict[str, Step]:
     keep("again", "repro")
     keep("status", "status")
     keep("forced", "repro", "--force")
+    steps["reproduced"] = Step(repository.run(sys.executable, "-m", "mnist_pipeline.reproduce"), {}, repository.runs())
     keep("trial", "exp", "run", "--temp", "-n", "trial", "-S", "train.learning_rate=0.002")
     repository.set_param("epochs", "1")
     keep("shorter", "repro")
@@ -195,6 +196,14 @@ def test_a_forced_repro_makes_the_same_bytes(story: dict[str, Step]) -> None:
     assert story["forced"].executed == STAGES
     assert story["forced"].files == story["first"].files
     assert len(story["forced"].runs) == 2
+
+
+def test_the_commit_is_reproduced_byte_for_byte_without_a_trace(story: dict[str, Step]) -> None:
+    assert story["reproduced"].process.returncode == 0, story["reproduced"].said
+    for output in ("data/raw", "models/model.safetensors", "reports/report.md"):
+        assert re.search(rf"{output} +identical", story["reproduced"].said)
+    assert "Verdict: identical" in story["reproduced"].said
+    assert len(story["reproduced"].runs) == len(story["forced"].runs)
 
 
 def test_an_experiment_in_a_temporary_copy_is_tracked_with_the_others(story: dict[str, Step]) -> None:

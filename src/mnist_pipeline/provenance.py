@@ -13,9 +13,9 @@ import yaml
 
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import flatten
-from mnist_pipeline.paths import MODEL, PIPELINE, RAW, REPORTS
+from mnist_pipeline.paths import LOCK, MODEL, PIPELINE, RAW, REPORTS
 
-OUTPUTS = [MODEL.parent, REPORTS, Path("dvc.lock")]  # what a run changes itself does not make the tree dirty
+OUTPUTS = [MODEL.parent, REPORTS, LOCK]  # what a run changes itself does not make the tree dirty
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""Train the committed commit again, in a temporary clone and without any cache, and compare (`make reproduce`)."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import yaml
+
+from mnist_pipeline.errors import UserError, run
+from mnist_pipeline.files import read_csv
+from mnist_pipeline.paths import HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
+from mnist_pipeline.provenance import git
+
+COMPARED = [HISTORY, PREDICTIONS]  # kept in git, so that their numbers can be set beside the new ones
+
+
+def main() -> None:
+    """Run the whole pipeline at HEAD again and print, for each output, whether it is the committed one."""
+    commit = git("rev-parse", "--short", "HEAD")
+    if not commit:
+        raise UserError("this is no git repository with a commit: there is nothing to compare with")
+    with tempfile.TemporaryDirectory() as temporary:
+        clone, committed = Path(temporary) / "clone", Path(temporary) / "committed"
+        subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
+        for path in [LOCK, *COMPARED]:
+            if not (clone / path).is_file():
+                raise UserError(f"{path} is not committed: `make repro`, then commit {LOCK} and {REPORTS}")
+            (committed / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(clone / path, committed / path)
+        print(f"Running the pipeline of commit {commit} again", flush=True)
+        if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=clean_environment(), check=False).returncode != 0:
+            raise UserError(f"the pipeline of commit {commit} failed, as printed above")
+        before, after = digests(committed / LOCK), digests(clone / LOCK)
+        print(f"\nOutputs of commit {commit}, made again:")
+        for output, digest in before.items():
+            print(f"  {output:<26} {'identical' if after.get(output) == digest else 'DIFFERENT'}")
+        verdict = "identical, byte for byte" if before == after else difference(committed, clone)
+    print(f"Verdict: {verdict}")
+    sys.exit(before != after)
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the environment without DVC's and MLflow's variables, and with the data that is already here."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+    return {"MNIST_DIR": str(RAW.resolve())} | kept if RAW.is_dir() else kept
+
+
+def digests(lock: Path) -> dict[str, str]:
+    """Return the digest of each output in a `dvc.lock`."""
+    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()
+    return {output["path"]: output["md5"] for stage in stages for output in stage["outs"]}
+
+
+def difference(committed: Path, again: Path) -> str:
+    """Say by how much two runs differ: another processor may change the last bits, which seldom change a prediction."""
+    histories = [read_csv(directory / HISTORY) for directory in (committed, again)]
+    predictions = [read_csv(directory / PREDICTIONS) for directory in (committed, again)]
+    if any(len(first) != len(second) for first, second in (histories, predictions)):
+        return "different: another number of epochs or of test images"
+    largest, name, epoch = max(
+        (abs(first[name] - second[name]), name, int(first["epoch"]))
+        for first, second in zip(*histories, strict=True)
+        for name in first
+    )
+    changed = sum(first["prediction"] != second["prediction"] for first, second in zip(*predictions, strict=True))
+    accuracies = [sum(row["prediction"] == row["label"] for row in rows) / len(rows) for rows in predictions]
+    return (
+        f"different. The history differs by at most {largest:.2g} ({name}, epoch {epoch}); "
+        f"{changed} of {len(predictions[0]):,} predictions differ; "
+        f"the accuracy is {accuracies[1]:.2%} and was {accuracies[0]:.2%}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
