@@ -6,7 +6,7 @@ from mnist_pipeline.data import load_training_data
 from mnist_pipeline.errors import run
 from mnist_pipeline.files import write_csv
 from mnist_pipeline.inference import set_up_torch
-from mnist_pipeline.model import build_model, count_parameters, save_model
+from mnist_pipeline.model import build_model, save_model
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import HISTORY, MODEL, RAW
 from mnist_pipeline.provenance import trace
@@ -25,7 +25,7 @@ def main() -> None:
     checkpoint = Checkpoint(provenance.fingerprint)
     interrupted = checkpoint.restore(training)
     log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
-    with training_run(settings, provenance, count_parameters(training.model), interrupted) as tracked:
+    with training_run(settings, provenance, training, interrupted) as tracked:
         for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):
             tracked.log_epoch(result)
             checkpoint.save(training, tracked.id)

@@ -22,7 +22,7 @@ from mnist_pipeline.model import Net, build_model, load_model, save_model
 from mnist_pipeline.params import load_params
 from mnist_pipeline.provenance import Provenance
 from mnist_pipeline.tracking import add_to_run_of, training_run
-from mnist_pipeline.training import EpochResult
+from mnist_pipeline.training import EpochResult, Training, start_training
 
 DATA = Path(__file__).parent / "data"
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
@@ -92,11 +92,12 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     for name in ("metrics.json", "figures/curves.png"):
         (copy / "reports" / name).write_text("made up")
     model = build_model(PARAMS.model, seed=0)
+    training = start_training(model, PARAMS.train)
     settings = {"seed": PARAMS.seed, "data": PARAMS.data, "model": PARAMS.model, "train": PARAMS.train}
     with tracking_alone() as patch:
         patch.chdir(copy)
         patch.setenv("DVC_ROOT", str(root))
-        with training_run(settings, PROVENANCE, 19_210, None) as tracked:
+        with training_run(settings, PROVENANCE, training, None) as tracked:
             for result in EPOCHS:
                 tracked.log_epoch(result)
             save_model(model, MODEL, PARAMS.model, PARAMS.data)
@@ -110,7 +111,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
             add_to_run_of(Path("models/unknown"), {"test_accuracy": 0.5})
         count = len(runs_in(root / "mlflow.db"))
 
-        with pytest.raises(RuntimeError, match="power cut"), training_run(settings, PROVENANCE, 19_210, None):
+        with pytest.raises(RuntimeError, match="power cut"), training_run(settings, PROVENANCE, training, None):
             raise RuntimeError("power cut")
         failed = runs_in(root / "mlflow.db")[0]
         yield Scenario(root, copy, run, failed, count, printed.getvalue(), load_model(MODEL))
@@ -230,7 +231,20 @@ def test_without_dvc_the_store_is_the_named_one_or_else_at_hand(
         patch.chdir(tmp_path)
         if named:
             patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'named.db'}")
-        with training_run({}, PROVENANCE, 19_210, None):
+        with training_run({}, PROVENANCE, start_training(Net(PARAMS.model), PARAMS.train), None):
             pass
     added = {name: len(runs_in(tmp_path / name)) - before for name in ("mlflow.db", "named.db")}
     assert added == {"mlflow.db": 0 if named else 1, "named.db": 1 if named else 0}
+
+
+def test_a_run_that_the_store_has_lost_begins_again_with_the_epochs_behind_it(tmp_path: Path) -> None:
+    model = Net(PARAMS.model)
+    started = start_training(model, PARAMS.train)
+    training = Training(model, started.optimizer, started.scheduler, history=list(EPOCHS))
+    with tracking_alone() as patch:
+        patch.chdir(tmp_path)
+        with training_run({}, PROVENANCE, training, "0" * 32):
+            pass
+    [run] = runs_in(tmp_path / "mlflow.db")
+    points = client_of(tmp_path / "mlflow.db").get_metric_history(run.info.run_id, "train_loss")
+    assert [(point.step, point.value) for point in points] == [(1, 0.5), (2, 0.25)]

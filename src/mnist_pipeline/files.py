@@ -18,7 +18,10 @@ def write_bytes(path: Path, content: bytes) -> None:
     The bytes reach the disk before the name does, so this holds through a power cut.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # name the file that was asked for
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import statistics
 
@@ -31,9 +32,16 @@ def renew(readme: str) -> str:
 
 
 def results() -> str:
-    """The main figures of the committed run beside the specification's."""
-    rows = compare(load_results(HISTORY, METRICS, PREDICTIONS), load_params().data.monitor_name)
-    return table(["", "this repository", "specification"], [[row.name, row.ours, row.published] for row in rows])
+    """The main figures of the committed run beside the specification's, and how far they can be told apart."""
+    found = load_results(HISTORY, METRICS, PREDICTIONS)
+    rows = compare(found, load_params().data.monitor_name)
+    accuracy, images = found.metrics["accuracy"], found.metrics["total"]
+    error = math.sqrt(accuracy * (1 - accuracy) / images)
+    return (
+        table(["", "this repository", "specification"], [[row.name, row.ours, row.published] for row in rows])
+        + f"\n\nAn accuracy of {accuracy:.2%} on {images:,} images has a standard error of {100 * error:.2f} points: "
+        + f"two single runs\nless than {200 * math.sqrt(2) * error:.2f} points apart cannot be told apart."
+    )
 
 
 def dropout() -> str:
@@ -49,7 +57,16 @@ def dropout() -> str:
             cells.append(", ".join(f"{accuracy:.2%}" for accuracy in accuracies))
             cells.append(f"**{statistics.mean(accuracies):.2%}**, loss **{statistics.mean(losses):.4f}**")
         lines.append(cells)
-    return table(["dropout", "seeds", "validation accuracy", "mean", "test accuracy", "mean"], lines)
+    best = max(rows, key=lambda row: mean_validation(rows, row["dropout_kind"]))["dropout_kind"]
+    return (
+        table(["dropout", "seeds", "validation accuracy", "mean", "test accuracy", "mean"], lines)
+        + f"\n\nValidation chooses `{best}`; `params.yaml` has `{load_params().model.dropout_kind}`."
+    )
+
+
+def mean_validation(rows: list[dict[str, str]], kind: str) -> float:
+    """Return the mean validation accuracy of a kind of dropout."""
+    return statistics.mean(float(row["validation_accuracy"]) for row in rows if row["dropout_kind"] == kind)
 
 
 def bench() -> str:

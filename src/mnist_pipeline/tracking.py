@@ -12,11 +12,15 @@ from torch import Tensor, nn
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256
+from mnist_pipeline.model import count_parameters
 from mnist_pipeline.params import flatten
 from mnist_pipeline.provenance import Provenance, environment
-from mnist_pipeline.training import EpochResult
+from mnist_pipeline.training import EpochResult, Training
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# A server that does not answer is given up within half a minute; MLflow's defaults take several.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "8")
 
 import mlflow  # reads the environment when it is imported
 
@@ -32,9 +36,14 @@ class Run:
 
     def log_epoch(self, result: EpochResult) -> None:
         """Log an epoch's scores, its learning rate and how long it took."""
-        metrics = result.row() | {"epoch_seconds": time.perf_counter() - self.epoch_start}
-        mlflow.log_metrics(metrics, step=int(metrics.pop("epoch")))
+        self.log_scores(result)
+        mlflow.log_metric("epoch_seconds", time.perf_counter() - self.epoch_start, step=result.epoch)
         self.epoch_start = time.perf_counter()
+
+    def log_scores(self, result: EpochResult) -> None:
+        """Log an epoch's scores and its learning rate."""
+        metrics = result.row()
+        mlflow.log_metrics(metrics, step=int(metrics.pop("epoch")))
 
     def log_model(self, model: nn.Module, path: Path, example: Tensor) -> None:
         """Log the model with its signature, and the digest of its file, by which later stages find the run.
@@ -56,20 +65,25 @@ class Run:
 
 @contextmanager
 def training_run(
-    params: Mapping[str, object], provenance: Provenance, parameters: int, run_id: str | None
+    params: Mapping[str, object], provenance: Provenance, training: Training, interrupted: str | None
 ) -> Iterator[Run]:
     """Open a run for a training and close it as the block ends: well, failed, or killed by a signal.
 
-    It starts with the params, the number of learned parameters and where all of it comes from. With the id of a run
-    that was interrupted, that run goes on, unless the store has lost it.
+    It starts with the params, the number of learned parameters and where all of it comes from. The run with the id
+    `interrupted` goes on; where the store has lost it, a new one begins with the epochs that the training has had.
     """
     connect()
-    with mlflow.start_run(run_id=known(run_id), run_name=os.environ.get("DVC_EXP_NAME")) as active:
+    run_id = known(interrupted)
+    with mlflow.start_run(run_id=run_id, run_name=os.environ.get("DVC_EXP_NAME")) as active:
+        run = Run(active.info.run_id)
         mlflow.set_tags(environment() | provenance.tags())
-        mlflow.log_params(flatten(params))
-        mlflow.log_metric("parameters", parameters)
+        if run_id is None:
+            mlflow.log_params(flatten(params))
+            mlflow.log_metric("parameters", count_parameters(training.model))
+            for result in training.history:
+                run.log_scores(result)
         try:
-            yield Run(active.info.run_id)
+            yield run
         except KeyboardInterrupt:
             mlflow.end_run("KILLED")
             raise
@@ -143,4 +157,6 @@ def connect() -> None:
             mlflow.create_experiment(EXPERIMENT, artifact_location=artifacts)
         mlflow.set_experiment(EXPERIMENT)
     except mlflow.MlflowException as error:
-        raise UserError(f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"MLflow at {mlflow.get_tracking_uri()} cannot be used: {str(error).strip().splitlines()[0]}"
+        ) from None
