@@ -8,25 +8,25 @@ from mnist_pipeline.inference import predict, set_up_torch
 from mnist_pipeline.model import count_parameters, load_model
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import METRICS, MODEL, PREDICTIONS, RAW
-from mnist_pipeline.tracking import add_to_run_of
+from mnist_pipeline.provenance import trace
+from mnist_pipeline.tracking import Store, tolerant
 
 
 def main() -> None:
     params = load_params()
+    provenance = trace("evaluate")
     device = set_up_torch(params.threads)
     model = load_model(MODEL).to(device)
-    images, labels = load_digits(RAW, "test").tensors(params.data, device)
+    digits = load_digits(RAW, "test")
+    images, labels = digits.tensors(params.data, device)
     log_probabilities = predict(model, images, params.evaluate.batch_size)
     metrics = measure(log_probabilities, labels)
     size = {"parameters": count_parameters(model), "model_bytes": MODEL.stat().st_size}
     write_csv(PREDICTIONS, predictions(log_probabilities, labels))
     write_json(METRICS, metrics | size)
-    print(f"Test set: Accuracy: {metrics['correct']}/{metrics['total']} ({metrics['accuracy']:.2%})")
-    add_to_run_of(
-        MODEL,
-        {f"test_{name}": value for name, value in metrics.items()},
-        [METRICS, PREDICTIONS],
-    )
+    print(f"Test set: Accuracy: {metrics['test_correct']}/{metrics['test_total']} ({metrics['test_accuracy']:.2%})")
+    with tolerant("what evaluate found"):
+        Store().add_to_run_of(MODEL, provenance, {"test": digits})
 
 
 if __name__ == "__main__":

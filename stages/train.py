@@ -16,19 +16,18 @@ from mnist_pipeline.training import start_training, train
 
 def main() -> None:
     params = load_params()
+    provenance = trace("train")
     device = set_up_torch(params.threads)
     parts = load_training_data(RAW, params.data, params.seed)
-    digits, monitor = (part.tensors(params.data, device) for part in parts)
+    digits, monitor = (part.tensors(params.data, device) for part in parts.values())
     training = start_training(build_model(params.model, params.seed).to(device), params.train)
-    settings = dict(seed=params.seed, threads=params.threads, data=params.data, model=params.model, train=params.train)
-    provenance = trace("train", settings)
     checkpoint = Checkpoint(provenance.fingerprint)
     interrupted = checkpoint.restore(training)
     log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
-    with training_run(settings, provenance, training, interrupted) as tracked:
+    with training_run(provenance, parts, training, interrupted) as tracked:
         for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):
-            tracked.log_epoch(result)
             checkpoint.save(training, tracked.id)
+            tracked.log_epoch(result)
             log.on_epoch(result)
         write_csv(HISTORY, [result.row() for result in training.history])
         save_model(training.model, MODEL, params.model, params.data)

@@ -1,8 +1,6 @@
 """An interrupted training goes on where it was and ends as if nothing had happened."""
 
-import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -12,16 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow import MlflowClient
-from mlflow.entities import Run
+from repository import Repository
 
 from mnist_pipeline.checkpoint import Checkpoint
-from mnist_pipeline.data import FILES, load_digits
+from mnist_pipeline.data import load_digits
 from mnist_pipeline.model import build_model
 from mnist_pipeline.params import Params, TrainParams
 from mnist_pipeline.training import Training, start_training, train
 
-ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 CPU = torch.device("cpu")
 
@@ -91,42 +87,19 @@ def test_a_damaged_checkpoint_is_named_and_ignored(
     assert str(checkpoint.path) in capsys.readouterr().out
 
 
-class Workspace:
-    """A copy of the pipeline with five hundred digits, in which the train stage runs for eight epochs."""
+def workspace(root: Path) -> Repository:
+    """Return a pipeline in which the train stage runs for eight epochs."""
+    repository = Repository.create(root, epochs=8, batch_size=32)
+    shutil.copytree(DATA, root / "data/raw")
+    return repository
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        for name in ("src", "stages"):
-            shutil.copytree(ROOT / name, root / name)
-        shutil.copy(ROOT / "dvc.yaml", root)
-        (root / "data/raw").mkdir(parents=True)
-        for name in FILES:
-            shutil.copy(DATA / name, root / "data/raw")
-        params = (ROOT / "params.yaml").read_text(encoding="utf-8")
-        for key, value in {"threads": 1, "epochs": 8, "batch_size": 32}.items():
-            params = re.sub(rf"(?m)^( *{key}:) +\S+", rf"\1 {value}", params, count=1)
-        (root / "params.yaml").write_text(params, encoding="utf-8")
 
-    def start(self) -> "subprocess.Popen[str]":
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-        return subprocess.Popen(
-            [sys.executable, "stages/train.py"],
-            cwd=self.root,
-            env=kept | {"PYTHONPATH": "src"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+def start_stage(repository: Repository) -> "subprocess.Popen[str]":
+    return repository.start(sys.executable, "stages/train.py")
 
-    def outputs(self) -> list[bytes]:
-        return [(self.root / name).read_bytes() for name in ("models/model.safetensors", "reports/history.csv")]
 
-    def runs(self) -> list[Run]:
-        return list(self.client.search_runs([self.client.get_experiment_by_name("mnist").experiment_id]))
-
-    @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(tracking_uri=f"sqlite:///{self.root / 'mlflow.db'}")
+def outputs(repository: Repository) -> list[bytes]:
+    return [(repository.root / name).read_bytes() for name in ("models/model.safetensors", "reports/history.csv")]
 
 
 def interrupt_after_an_epoch(process: "subprocess.Popen[str]", number: signal.Signals, delay: float) -> str:
@@ -146,30 +119,28 @@ def interrupt_after_an_epoch(process: "subprocess.Popen[str]", number: signal.Si
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    workspace = Workspace(tmp_path_factory.mktemp("uninterrupted"))
-    assert workspace.start().wait() == 0
-    return workspace.outputs()
+    repository = workspace(tmp_path_factory.mktemp("uninterrupted"))
+    assert repository.stage("train").returncode == 0
+    return outputs(repository)
 
 
 @pytest.mark.pipeline
 def test_a_training_killed_five_times_ends_with_the_same_bytes_in_one_run(
     tmp_path: Path, uninterrupted: list[bytes]
 ) -> None:
-    workspace = Workspace(tmp_path)
+    repository = workspace(tmp_path)
     moments = random.Random(7)
     for _ in range(5):
-        interrupt_after_an_epoch(workspace.start(), signal.SIGKILL, moments.uniform(0, 0.3))
+        interrupt_after_an_epoch(start_stage(repository), signal.SIGKILL, moments.uniform(0, 0.3))
         assert list(tmp_path.glob("models/*")) == []
-    last = workspace.start()
-    said = last.communicate()[0]
-    assert last.returncode == 0, said
-    assert "Going on after epoch" in said
-    assert workspace.outputs() == uninterrupted
+    last = repository.stage("train")
+    assert last.returncode == 0, last.stdout
+    assert "Going on after epoch" in last.stdout
+    assert outputs(repository) == uninterrupted
     assert list(tmp_path.glob(".checkpoints/*")) == []
-    [run] = workspace.runs()
+    [run] = repository.runs()
     assert run.info.status == "FINISHED"
-    history = workspace.client.get_metric_history(run.info.run_id, "monitor_loss")
-    assert {point.step for point in history} == set(range(1, 9))
+    assert repository.steps(run, "monitor_loss") == list(range(1, 9))
 
 
 @pytest.mark.pipeline
@@ -177,12 +148,12 @@ def test_a_training_killed_five_times_ends_with_the_same_bytes_in_one_run(
 def test_a_signal_closes_the_run_as_killed_and_the_next_start_goes_on(
     tmp_path: Path, uninterrupted: list[bytes], number: signal.Signals
 ) -> None:
-    workspace = Workspace(tmp_path)
-    process = workspace.start()
+    repository = workspace(tmp_path)
+    process = start_stage(repository)
     said = interrupt_after_an_epoch(process, number, delay=0)
     assert process.returncode != 0
     assert "Traceback" not in said
-    assert [run.info.status for run in workspace.runs()] == ["KILLED"]
-    assert workspace.start().wait() == 0
-    assert workspace.outputs() == uninterrupted
-    assert [run.info.status for run in workspace.runs()] == ["FINISHED"]
+    assert [run.info.status for run in repository.runs()] == ["KILLED"]
+    assert repository.stage("train").returncode == 0
+    assert outputs(repository) == uninterrupted
+    assert [run.info.status for run in repository.runs()] == ["FINISHED"]

@@ -1,6 +1,7 @@
 """The data: what is read is what the files say, and a damaged file is refused in one line that names it."""
 
 import gzip
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -96,6 +97,19 @@ def test_images_are_counted_by_class() -> None:
     assert digits.per_class() == [1, 0, 0, 3, 0, 0, 0, 0, 0, 1]
 
 
+def test_the_digest_of_digits_is_that_of_their_bytes_in_the_files(small_data: Path) -> None:
+    images, labels = ((small_data / name).read_bytes() for name in (IMAGES, LABELS))
+    expected = hashlib.sha256(images[16:] + labels[8:]).hexdigest()
+    assert load_digits(small_data, "train").sha256() == expected
+
+
+@pytest.mark.parametrize(
+    "change", [lambda digits: digits[:-1], lambda digits: Digits(digits.pixels, digits.labels + 1)]
+)
+def test_other_digits_have_another_digest(change: Callable[[Digits], Digits]) -> None:
+    assert change(numbered(20)).sha256() != numbered(20).sha256()
+
+
 def test_pixels_are_scaled_and_normalised(params: Params) -> None:
     pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
     pixels[1, 0, 27], pixels[1, 27, 0] = 255, 51  # white and a fifth of it
@@ -148,17 +162,19 @@ def test_a_split_must_leave_images_to_train_on(size: int) -> None:
 
 
 def test_without_a_split_the_test_images_monitor(small_data: Path, params: Params) -> None:
-    training, monitor = load_training_data(small_data, params.data, seed=0)
-    assert (len(training), len(monitor), params.data.monitor_name) == (300, 200, "Test")
-    assert torch.equal(monitor.pixels, load_digits(small_data, "test").pixels)
+    parts = load_training_data(small_data, params.data, seed=0)
+    assert {use: len(digits) for use, digits in parts.items()} == {"train": 300, "monitor": 200}
+    assert torch.equal(parts["monitor"].pixels, load_digits(small_data, "test").pixels)
+    assert params.data.monitor_name == "Test"
 
 
 def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, params: Params) -> None:
     for file in copy_of_data.glob("t10k-*"):
         file.unlink()
     data = params.data.model_copy(update={"validation_size": 50})
-    training, monitor = load_training_data(copy_of_data, data, seed=0)
-    assert (len(training), len(monitor), data.monitor_name) == (250, 50, "Validation")
+    parts = load_training_data(copy_of_data, data, seed=0)
+    assert {use: len(digits) for use, digits in parts.items()} == {"train": 250, "monitor": 50}
+    assert data.monitor_name == "Validation"
 
 
 @pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES.values(), ids=DAMAGES.keys())

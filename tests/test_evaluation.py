@@ -45,13 +45,18 @@ def test_a_score_is_the_mean_negative_log_likelihood_and_the_right_images() -> N
 
 def test_images_are_counted_once_each(log_probabilities: Tensor) -> None:
     metrics = measure(log_probabilities, LABELS)
-    assert (metrics["correct"], metrics["misclassified"], metrics["total"]) == (10, 2, 12)
-    assert metrics["accuracy"] == pytest.approx(10 / 12)
-    assert metrics["loss"] == pytest.approx(-(10 * math.log(0.91) + 2 * math.log(0.01)) / 12)
+    assert (metrics["test_correct"], metrics["test_misclassified"], metrics["test_total"]) == (10, 2, 12)
+    assert metrics["test_accuracy"] == pytest.approx(10 / 12)
+    assert metrics["test_loss"] == pytest.approx(-(10 * math.log(0.91) + 2 * math.log(0.01)) / 12)
+
+
+def test_every_score_is_named_as_one_of_the_test_images(log_probabilities: Tensor) -> None:
+    metrics = measure(log_probabilities, LABELS)
+    assert [name for name in metrics if not name.startswith("test_")] == []
 
 
 def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities: Tensor) -> None:
-    by_class = measure(log_probabilities, LABELS)["per_class_accuracy"]
+    by_class = measure(log_probabilities, LABELS)["test_per_class_accuracy"]
     assert by_class == pytest.approx({str(digit): 1.0 for digit in range(10)} | {"3": 2 / 3, "4": 0.0})
 
 

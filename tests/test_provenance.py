@@ -1,29 +1,42 @@
-"""A fingerprint stands for all that a stage reads, and for nothing else."""
+"""A fingerprint stands for all that a stage reads, and for nothing else; the commit is named as git knows it."""
 
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 
-from mnist_pipeline.params import load_params
-from mnist_pipeline.provenance import Provenance, environment, trace
+from mnist_pipeline.files import sha256
+from mnist_pipeline.provenance import clean_environment, commit, environment, trace, uncommitted
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
-SECTIONS = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]["train"]["params"]
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("src", "stages"):
-        shutil.copytree(ROOT / name, tmp_path / name)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DATA, tmp_path / "data/raw")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return tmp_path
+
+
+def git(*arguments: str) -> str:
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
+    return subprocess.run(["git", *identity, *arguments], capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture
+def committed(repository: Path) -> Path:
+    git("init", "--quiet")
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "Begin")
+    return repository
 
 
 def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
@@ -35,9 +48,12 @@ def edit(path: str, old: str, new: str) -> Callable[[Path], None]:
     return change
 
 
-def traced() -> Provenance:
-    params = load_params()
-    return trace("train", {name: getattr(params, name) for name in SECTIONS})
+def write(path: str) -> Callable[[Path], None]:
+    def change(repository: Path) -> None:
+        (repository / path).parent.mkdir(exist_ok=True)
+        (repository / path).write_text("written")
+
+    return change
 
 
 def alter_a_pixel(repository: Path) -> None:
@@ -60,10 +76,10 @@ def alter_a_pixel(repository: Path) -> None:
 def test_a_change_of_what_training_reads_changes_its_fingerprint(
     repository: Path, change: Callable[[Path], None]
 ) -> None:
-    before = traced().fingerprint
-    assert traced().fingerprint == before
+    before = trace("train").fingerprint
+    assert trace("train").fingerprint == before
     change(repository)
-    assert traced().fingerprint != before
+    assert trace("train").fingerprint != before
 
 
 @pytest.mark.parametrize(
@@ -78,14 +94,131 @@ def test_a_change_of_what_training_reads_changes_its_fingerprint(
 def test_a_change_of_what_training_does_not_read_leaves_its_fingerprint(
     repository: Path, change: Callable[[Path], None]
 ) -> None:
-    before = traced().fingerprint
+    before = trace("train").fingerprint
     change(repository)
-    assert traced().fingerprint == before
+    assert trace("train").fingerprint == before
 
 
-def test_outside_a_repository_the_commit_is_said_to_be_missing(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.usefixtures("repository")
+def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_the_file() -> None:
+    assert trace("train").params == {
+        "seed": 0,
+        "threads": 2,
+        "data.validation_size": 0,
+        "data.mean": 0.1307,
+        "data.std": 0.3081,
+        "model.dropout": 0.25,
+        "model.dropout_kind": "element",
+        "model.parameter_budget": 20000,
+        "train.epochs": 14,
+        "train.batch_size": 129,
+        "train.optimizer": "adam",
+        "train.learning_rate": 0.001,
+        "train.weight_decay": 0.0001,
+        "train.scheduler.step_size": 5,
+        "train.scheduler.gamma": 0.5,
+    }
+
+
+def test_the_digest_of_an_input_is_that_of_the_file_or_of_the_directorys_list(repository: Path) -> None:
+    inputs = trace("train").inputs
+    digest = subprocess.run("sha256sum * | sha256sum", shell=True, cwd=DATA, capture_output=True, text=True, check=True)
+    assert inputs["data/raw"] == digest.stdout.split()[0]
+    assert inputs["stages/train.py"] == sha256(repository / "stages/train.py")
+
+
+@pytest.mark.parametrize(
+    ("stage", "outputs", "metrics"),
+    [
+        ("train", ["models/model.safetensors", "reports/history.csv"], []),
+        ("evaluate", ["reports/metrics.json", "reports/predictions.csv"], ["reports/metrics.json"]),
+        ("report", ["reports/report.md", "reports/figures"], []),
+    ],
+)
+def test_the_outputs_of_a_stage_are_those_that_it_declares(
+    repository: Path, stage: str, outputs: list[str], metrics: list[str]
 ) -> None:
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(repository.parent))
-    assert environment()["git_commit"].startswith("none")
-    assert environment()["git_dirty"] == "false"
+    for name in ("models/model.safetensors", "reports/history.csv", "reports/metrics.json", "reports/predictions.csv"):
+        write(name)(repository)
+    assert (trace(stage).outputs, trace(stage).metrics) == (outputs, metrics)
+
+
+@pytest.mark.parametrize("commands", [[], [["init", "--quiet"]]], ids=["no repository", "no commit yet"])
+@pytest.mark.usefixtures("repository")
+def test_without_a_commit_it_is_said_to_be_missing(commands: list[list[str]]) -> None:
+    for command in commands:
+        git(*command)
+    assert commit()["git_commit"].startswith("none")
+    assert commit()["git_dirty"] == "unknown"
+    assert uncommitted() == ""
+
+
+def test_where_git_is_not_installed_the_commit_is_said_to_be_missing(
+    committed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(committed))
+    assert commit()["git_commit"].startswith("none")
+    assert commit()["git_dirty"] == "unknown"
+
+
+@pytest.mark.usefixtures("committed")
+def test_a_tree_like_its_commit_is_clean() -> None:
+    assert commit() == {"git_commit": git("rev-parse", "HEAD"), "git_dirty": "false"}
+    assert uncommitted() == ""
+
+
+@pytest.mark.parametrize("path", ["models/model.safetensors", "reports/metrics.json", "dvc.lock"])
+def test_outputs_new_or_altered_leave_the_tree_clean(committed: Path, path: str) -> None:
+    write(path)(committed)
+    assert commit()["git_dirty"] == "false"
+    git("add", "--all")
+    git("commit", "--quiet", "--message", "Keep")
+    edit(path, "written", "altered")(committed)
+    assert commit()["git_dirty"] == "false"
+    assert uncommitted() == ""
+
+
+@pytest.mark.parametrize("change", [edit("params.yaml", "seed: 0", "seed: 1"), write("src/new.py")])
+def test_whatever_else_differs_from_the_commit_makes_the_tree_dirty(
+    committed: Path, change: Callable[[Path], None]
+) -> None:
+    change(committed)
+    assert commit()["git_dirty"] == "true"
+
+
+def test_the_patch_makes_the_edited_tree_of_the_commit(committed: Path) -> None:
+    edit("params.yaml", "seed: 0", "seed: 1")(committed)
+    edit("stages/train.py", "Train the network", "Train a network")(committed)
+    write("src/new.py")(committed)
+    patch = uncommitted()
+    edited = {path: (committed / path).read_bytes() for path in ("params.yaml", "stages/train.py", "src/new.py")}
+    git("stash", "--quiet", "--include-untracked")
+    subprocess.run(["git", "apply"], input=patch, text=True, check=True)
+    assert {path: (committed / path).read_bytes() for path in edited} == edited
+
+
+@pytest.mark.parametrize("content", [b"a\nb\n\n", b"caf\xe9\n"], ids=["a blank line at the end", "no UTF-8"])
+def test_a_patch_is_made_of_any_text(committed: Path, content: bytes) -> None:
+    (committed / "notes.txt").write_bytes(content)
+    git("add", "notes.txt")
+    git("commit", "--quiet", "--message", "Note")
+    (committed / "notes.txt").write_bytes(b"A" + content)
+    patch = uncommitted()
+    assert patch.endswith("\n")
+    assert "+++ b/notes.txt" in patch
+    if content.isascii():  # else the bytes that are no text are replaced
+        subprocess.run(["git", "apply", "--reverse", "--check"], input=patch, text=True, check=True)
+
+
+def test_the_machine_is_described() -> None:
+    assert environment().keys() == {"python", "torch", "mlflow", "processor"}
+    assert all(environment().values())
+
+
+def test_a_clean_environment_knows_nothing_of_dvc_and_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", "/elsewhere")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://localhost:5000")
+    monkeypatch.setenv("MNIST_DIR", "/data")
+    kept = clean_environment()
+    assert [name for name in kept if name.startswith(("DVC_", "MLFLOW_"))] == []
+    assert kept["MNIST_DIR"] == "/data"

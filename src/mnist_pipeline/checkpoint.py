@@ -27,8 +27,8 @@ class Checkpoint:
     def __init__(self, fingerprint: str) -> None:
         self.path = Path(os.environ.get("DVC_ROOT", ".")) / CHECKPOINTS / f"{fingerprint}.safetensors"
 
-    def save(self, training: Training, run_id: str) -> None:
-        """Write a training and the id of its MLflow run, whole or not at all."""
+    def save(self, training: Training, run_id: str | None) -> None:
+        """Write a training and the id of its MLflow run, if it has one, whole or not at all."""
         optimizer = training.optimizer.state_dict()
         tensors = {f"model/{name}": tensor for name, tensor in training.model.state_dict().items()}
         for index, state in optimizer["state"].items():
@@ -44,7 +44,7 @@ class Checkpoint:
     def restore(self, training: Training) -> str | None:
         """Bring a training to where it was interrupted and return the id of its MLflow run.
 
-        Return None, with the training as it was, where there is no checkpoint or a damaged one, which is named.
+        Without a checkpoint, or with a damaged one, which is named, return None with the training as it was.
         """
         try:
             with safetensors.safe_open(self.path, framework="pt") as file:
@@ -70,7 +70,8 @@ class Checkpoint:
             scores = {part: Score(**result[part]) for part in ("training", "monitor")}
             training.history.append(EpochResult(**result | scores))
         print(f"Going on after epoch {len(training.history)}, from {self.path}")
-        return str(description["run_id"])
+        run_id: str | None = description["run_id"]
+        return run_id
 
     def remove(self) -> None:
         """Forget a training that has ended well."""

@@ -1,5 +1,6 @@
 """MNIST from its IDX files: read, checked, split, and held in memory as tensors."""
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,11 @@ class Digits:
     def per_class(self) -> list[int]:
         """Count the images of each class."""
         return torch.bincount(self.labels, minlength=CLASSES).tolist()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the pixels, then the labels, a byte each."""
+        content = self.pixels.numpy().tobytes() + self.labels.to(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()
 
     def tensors(self, params: DataParams, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the network's input (N, 1, 28, 28), pixels scaled to 0..1 and normalised, and the labels (N,)."""
@@ -105,9 +111,9 @@ def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digi
     return digits[~held_out], digits[held_out]
 
 
-def load_training_data(directory: Path, params: DataParams, seed: int) -> tuple[Digits, Digits]:
-    """Return the images to train on and those that monitor it: a validation split, or the test images without one."""
+def load_training_data(directory: Path, params: DataParams, seed: int) -> dict[str, Digits]:
+    """Return the images to `train` on and those that `monitor` it: a validation split, or the test images without."""
     training = load_digits(directory, "train")
     if params.validation_size == 0:
-        return training, load_digits(directory, "test")
-    return split(training, params.validation_size, seed)
+        return {"train": training, "monitor": load_digits(directory, "test")}
+    return dict(zip(("train", "monitor"), split(training, params.validation_size, seed), strict=True))

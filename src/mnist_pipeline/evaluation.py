@@ -16,10 +16,12 @@ def measure(log_probabilities: Tensor, labels: Tensor) -> dict[str, object]:
     right = log_probabilities.argmax(dim=1) == labels
     total = score(log_probabilities, labels)
     return {
-        "accuracy": total.accuracy,
-        **asdict(total),
-        "misclassified": total.total - total.correct,
-        "per_class_accuracy": {str(digit): right[labels == digit].double().mean().item() for digit in range(CLASSES)},
+        "test_accuracy": total.accuracy,
+        **{f"test_{name}": value for name, value in asdict(total).items()},
+        "test_misclassified": total.total - total.correct,
+        "test_per_class_accuracy": {
+            str(digit): right[labels == digit].double().mean().item() for digit in range(CLASSES)
+        },
     }
 
 

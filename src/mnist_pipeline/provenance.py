@@ -1,10 +1,11 @@
-"""What a stage's outputs come from: its inputs, params and code as it starts, and the machine that it runs on."""
+"""What a stage's outputs come from: its inputs, params and code as it starts, and the commit they belong to."""
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,52 +13,65 @@ from pathlib import Path
 import yaml
 
 from mnist_pipeline.files import sha256, sha256_of_directory
-from mnist_pipeline.params import flatten
-from mnist_pipeline.paths import LOCK, MODEL, PIPELINE, RAW, REPORTS
+from mnist_pipeline.params import flatten, load_params
+from mnist_pipeline.paths import LOCK, MODEL, PIPELINE, REPORTS
 
-OUTPUTS = [MODEL.parent, REPORTS, LOCK]  # what a run changes itself does not make the tree dirty
+OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
+NO_COMMIT = "none: not a commit of a git repository"
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """A stage and the SHA-256 of all that it reads: its params, and the files that `dvc.yaml` declares for it.
+    """What `dvc.yaml` declares for a stage: its command, params, inputs (with their SHA-256), outputs and metrics.
 
     Two stages of the same `fingerprint` have the same outputs, on the same machine.
     """
 
     stage: str
     command: str
-    inputs: dict[str, str]
-    params: str
+    params: Mapping[str, object]
+    inputs: Mapping[str, str]
+    outputs: Sequence[str]
+    metrics: Sequence[str]
+
+    @property
+    def params_sha256(self) -> str:
+        """The SHA-256 of the params, as JSON with sorted keys."""
+        return hashlib.sha256(json.dumps(self.params, sort_keys=True).encode()).hexdigest()
 
     @property
     def fingerprint(self) -> str:
-        """The SHA-256 of all of it."""
-        parts = [self.command, self.params, *(f"{digest}  {path}" for path, digest in sorted(self.inputs.items()))]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        """The SHA-256 of all that the stage's outputs depend on."""
+        files = [f"{digest}  {path}" for path, digest in sorted(self.inputs.items())]
+        return hashlib.sha256("\n".join([self.command, self.params_sha256, *files]).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
-        """Name it all for the tracking."""
-        inputs = {f"input.{path}": digest for path, digest in self.inputs.items()}
+        """Name what identifies the stage's execution; the single inputs are too many for tags."""
         return {
-            "stage": self.stage,
             "command": self.command,
-            "params_sha256": self.params,
             "fingerprint": self.fingerprint,
-            "data_sha256": self.inputs[str(RAW)],
-            **inputs,
+            "params_sha256": self.params_sha256,
+            **commit(),
         }
 
 
-def trace(stage: str, params: Mapping[str, object]) -> Provenance:
+def trace(stage: str) -> Provenance:
     """Take the digests of what a stage reads, before it runs: DVC takes its own when it has ended (dvc#11058)."""
     declared = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
+    params = load_params()
     return Provenance(
         stage,
         declared["cmd"],
+        flatten({section: getattr(params, section) for section in declared["params"]}),
         {path: digest(Path(path)) for path in declared["deps"]},
-        hashlib.sha256(json.dumps(flatten(params), sort_keys=True).encode()).hexdigest(),
+        [path for kind in ("outs", "metrics", "plots") for path in names(declared.get(kind, []))],
+        names(declared.get("metrics", [])),
     )
+
+
+def names(entries: Sequence[str | Mapping[str, object]]) -> list[str]:
+    """Return the paths in a list of `dvc.yaml`, where an entry with options is a mapping of its path."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
 def digest(path: Path) -> str:
@@ -65,24 +79,46 @@ def digest(path: Path) -> str:
     return sha256_of_directory(path) if path.is_dir() else sha256(path)
 
 
-def environment() -> dict[str, str]:
-    """Describe the machine and the commit: what another run needs besides the inputs to be the same."""
-    return {
-        "git_commit": git("rev-parse", "--verify", "--quiet", "HEAD") or "none: not a git repository",
-        "git_dirty": str(bool(git("status", "--porcelain", "--", ".", *(f":!{path}" for path in OUTPUTS)))).lower(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "mlflow": version("mlflow"),
-        "processor": processor(),
-    }
+def commit() -> dict[str, str]:
+    """Name the commit, and say whether anything but outputs differs from it."""
+    if not (head := git("rev-parse", "--verify", "--quiet", "HEAD").strip()):
+        return {"git_commit": NO_COMMIT, "git_dirty": "unknown"}
+    return {"git_commit": head, "git_dirty": str(bool(git("status", "--porcelain", "--", ".", *OUTPUTS))).lower()}
+
+
+def uncommitted() -> str:
+    """Return what differs from the commit, outputs and new files of over a megabyte aside, as a patch."""
+    if commit()["git_commit"] == NO_COMMIT:
+        return ""
+    diff = ["diff", "--no-color", "--no-ext-diff"]
+    listed = git("ls-files", "--others", "--exclude-standard", "-z", "--", ".", *OUTPUTS).split("\0")
+    new = [path for path in listed if path and Path(path).stat().st_size < 1_000_000]
+    patches = [git(*diff, "--no-index", "--", os.devnull, path) for path in new]
+    return git(*diff, "HEAD", "--", ".", *OUTPUTS) + "".join(patches)
 
 
 def git(*arguments: str) -> str:
     """Return what git says, nothing where it is not installed or this is no repository."""
     try:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
+        process = subprocess.run(["git", *arguments], capture_output=True, check=False)
     except FileNotFoundError:
         return ""
+    return process.stdout.decode(errors="replace")
+
+
+def clean_environment() -> dict[str, str]:
+    """Return the variables for a process that shall know nothing of the DVC and the MLflow around it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
+
+
+def environment() -> dict[str, str]:
+    """Describe the machine: what another run needs besides the inputs to be the same."""
+    return {
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "mlflow": version("mlflow"),
+        "processor": processor(),
+    }
 
 
 def processor() -> str:

@@ -70,7 +70,7 @@ def compare(results: Results, monitor_name: str) -> list[Comparison]:
     best_published = max(range(len(published)), key=published.__getitem__)
     monitor = monitor_name.lower()
     return [
-        Comparison("Final test accuracy", f"{results.metrics['accuracy']:.2%}", f"{published[-1]:.2%}"),
+        Comparison("Final test accuracy", f"{results.metrics['test_accuracy']:.2%}", f"{published[-1]:.2%}"),
         Comparison(
             f"Best {monitor} accuracy",
             f"{best['monitor_accuracy']:.2%} (epoch {best['epoch']:.0f})",
@@ -84,7 +84,7 @@ def compare(results: Results, monitor_name: str) -> list[Comparison]:
         ),
         Comparison(
             "Misclassified test images",
-            f"{results.metrics['misclassified']:,} of {results.metrics['total']:,}",
+            f"{results.metrics['test_misclassified']:,} of {results.metrics['test_total']:,}",
             f"{specification.TEST_IMAGES - specification.TEST_CORRECT[-1]} of {specification.TEST_IMAGES:,}",
         ),
         Comparison("Parameters", f"{results.metrics['parameters']:,}", f"{specification.PARAMETERS:,}"),
@@ -140,7 +140,7 @@ def check_requirements(
     kinds = [layer.kind for layer in layers]
     followers = [after for before, after in pairwise(kinds) if before == "Conv2d"]
     parameters = sum(layer.parameters for layer in layers)
-    accuracy = results.metrics["accuracy"]
+    accuracy = results.metrics["test_accuracy"]
     published = specification.TEST_CORRECT[-1] / specification.TEST_IMAGES
     error = math.sqrt(published * (1 - published) * (1 / test + 1 / specification.TEST_IMAGES))
     return [
