@@ -1,7 +1,7 @@
 # The project's vocabulary, the same for people, hooks and CI. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro reproduce test check lock ui bench dropout readme
+.PHONY: help setup repro backfill reproduce test check lock ui bench dropout diff readme
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -18,13 +18,22 @@ setup: .venv/installed ## make .venv and install what the lock file names
 
 .venv/installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("error: Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=…" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	@mkdir -p .venv; ln -s $$PPID .venv/lock 2>/dev/null || { maker=$$(readlink .venv/lock); \
+		if kill -0 "$$maker" 2>/dev/null; then echo "error: make (PID $$maker) is setting up .venv: wait for it" >&2; exit 1; fi; \
+		ln -sf $$PPID .venv/lock; }
 	$(PYTHON) -m venv .venv
 	pip install --quiet --require-hashes --requirement requirements.lock
 	pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-	@touch $@
+	@rm .venv/lock; touch $@
 
 repro: setup ## run the pipeline: only the stages whose inputs changed
+	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --quiet --local core.no_scm true
 	dvc repro
+	@[ -z "$$MLFLOW_TRACKING_URI" ] && [ mlflow.db -nt dvc.lock ] || python -m mnist_pipeline.backfill
+
+backfill: export MNIST_TRACKING = required
+backfill: setup ## give MLflow the run of outputs that DVC restored, or that it missed
+	python -m mnist_pipeline.backfill
 
 test: setup ## run all tests: the quick ones, and real runs of `dvc repro` on 500 digits
 	pytest
@@ -54,6 +63,10 @@ dropout: setup ## train both kinds of dropout on three seeds: reports/dropout.cs
 			--set-param model.dropout_kind=$$kind --set-param data.validation_size=5000 || exit 1; \
 	done; done
 	python -m mnist_pipeline.study
+
+diff: setup repro ## train for five epochs and compare with the last commit: reports/diff.md (minutes)
+	dvc exp run --temp --force --name five-epochs --set-param train.epochs=5
+	{ dvc params diff --md HEAD five-epochs; dvc metrics diff --md --precision 4 HEAD five-epochs; } > reports/diff.md
 
 readme: setup ## carry the results of the last runs into README.md
 	python -m mnist_pipeline.readme
