@@ -1,4 +1,4 @@
-"""What an epoch costs beside the plain loop, and the memory that training takes (`make bench`)."""
+"""What an epoch costs beside the plain loop, what tracking adds, and the memory of a training (`make bench`)."""
 
 import os
 import shutil
@@ -17,20 +17,22 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from mnist_pipeline.data import load_digits
+from mnist_pipeline.data import load_digits, load_training_data
 from mnist_pipeline.errors import UserError, run
 from mnist_pipeline.files import write_json
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model
 from mnist_pipeline.params import Params, load_params
-from mnist_pipeline.paths import BENCH, PARAMS, RAW
+from mnist_pipeline.paths import BENCH, MODEL, PARAMS, RAW
+from mnist_pipeline.provenance import clean_environment
 from mnist_pipeline.training import start_training, train
 
 ROUNDS = 3
+FEW = 1000  # images, so that what is not training shows
 
 
 def main() -> None:
-    """Time one epoch of both loops in turn, A B A B, and write the ratios and the training's peak memory."""
+    """Time both loops in turn, A B A B, then trainings with and without tracking, and take a training's memory."""
     params = load_params()
     device = set_up_torch(params.threads)
     loops: dict[str, Callable[[Params, torch.device], None]] = {"pipeline": pipeline_epoch, "plain": plain_epoch}
@@ -42,9 +44,21 @@ def main() -> None:
             seconds[name].append(time.perf_counter() - start)
     ratios = [ours / plain for ours, plain in zip(seconds["pipeline"], seconds["plain"], strict=True)]
     ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    tracking = seconds_of_tracking()
+    share = statistics.median(tracking) / (params.train.epochs * statistics.median(seconds["pipeline"]))
     memory = peak_memory_of_training(params)
-    write_json(BENCH, {"epoch_seconds": seconds, "ratio": ratio, "train_peak_memory_mb": memory})
-    print(f"An epoch takes {ratio['median']:.2f} of the plain loop's time; the train stage peaks at {memory:.0f} MB")
+    write_json(
+        BENCH,
+        {
+            "epoch_seconds": seconds,
+            "ratio": ratio,
+            "tracking_seconds": tracking,
+            "tracking_share": share,
+            "train_peak_memory_mb": memory,
+        },
+    )
+    print(f"An epoch takes {ratio['median']:.2f} of the plain loop's time")
+    print(f"Tracking and checkpoints add {share:.1%} to a training; the train stage peaks at {memory:.0f} MB")
 
 
 def pipeline_epoch(params: Params, device: torch.device) -> None:
@@ -77,6 +91,51 @@ def plain_epoch(params: Params, device: torch.device) -> None:
             F.nll_loss(model(images.to(device)), labels.to(device), reduction="sum").item()
 
 
+def seconds_of_tracking() -> list[float]:
+    """Run trainings of few images with tracking and checkpoints and without, in turn; return the differences.
+
+    Each is a process of its own with a new database: to import MLflow and to make the tables counts.
+    """
+    differences = []
+    for _ in tqdm(range(ROUNDS), desc="Trainings with tracking and without", disable=None):
+        seconds = []
+        for tracked in (True, False):
+            with tempfile.TemporaryDirectory() as root:
+                start = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, "-c", f"from mnist_pipeline.bench import train_on_few as f; f({tracked})"],
+                    env=clean_environment() | {"DVC_ROOT": root},
+                    check=True,
+                )
+                seconds.append(time.perf_counter() - start)
+        differences.append(seconds[0] - seconds[1])
+    return differences
+
+
+def train_on_few(tracked: bool) -> None:
+    """Do what the train stage does, on few images; the model that it logs is the one that is there."""
+    params = load_params()
+    device = set_up_torch(params.threads)
+    parts = {use: part[:FEW] for use, part in load_training_data(RAW, params.data, params.seed).items()}
+    digits, monitor = (part.tensors(params.data, device) for part in parts.values())
+    training = start_training(build_model(params.model, params.seed).to(device), params.train)
+    epochs = train(training, digits, monitor, params.train, params.seed)
+    if not tracked:
+        list(epochs)
+        return
+    from mnist_pipeline.checkpoint import Checkpoint
+    from mnist_pipeline.provenance import trace
+    from mnist_pipeline.tracking import training_run
+
+    provenance = trace("train")
+    checkpoint = Checkpoint(provenance.fingerprint)
+    with training_run(provenance, parts, training, None) as run:
+        for result in epochs:
+            checkpoint.save(training, run.id)
+            run.log_epoch(result)
+        run.log_model(training.model, MODEL, example=monitor[0][:2])
+
+
 def peak_memory_of_training(params: Params) -> float:
     """Run the train stage for one epoch in a temporary directory; return its largest resident memory in MB (10⁶)."""
     with tempfile.TemporaryDirectory() as root:
@@ -85,11 +144,10 @@ def peak_memory_of_training(params: Params) -> float:
         shortened = params.model_dump()
         shortened["train"]["epochs"] = 1
         (Path(root) / PARAMS).write_text(yaml.safe_dump(shortened), encoding="utf-8")
-        environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
         process = subprocess.Popen(
             [sys.executable, "stages/train.py"],
             cwd=root,
-            env=environment | {"PYTHONPATH": "src"},
+            env=clean_environment() | {"PYTHONPATH": "src"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

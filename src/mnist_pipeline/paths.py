@@ -20,7 +20,8 @@ PREDICTIONS = REPORTS / "predictions.csv"
 REPORT = REPORTS / "report.md"
 FIGURES = REPORTS / "figures"
 
-# Written by `make dropout` and `make bench`, no outputs of a stage.
+# Written by `make dropout`, `make diff` and `make bench`, no outputs of a stage.
 DROPOUT = REPORTS / "dropout.csv"
+DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"
 README = Path("README.md")

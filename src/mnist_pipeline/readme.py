@@ -6,11 +6,12 @@ import json
 import math
 import re
 import statistics
+import textwrap
 
 from mnist_pipeline.errors import run
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import BENCH, DROPOUT, HISTORY, METRICS, PREDICTIONS, README
+from mnist_pipeline.paths import BENCH, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README
 from mnist_pipeline.reporting import compare, load_results
 
 
@@ -21,7 +22,7 @@ def main() -> None:
 
 def renew(readme: str) -> str:
     """Return the README with the text between `<!-- name -->` and `<!-- /name -->` made again from the reports."""
-    for name, part in {"results": results, "dropout": dropout, "bench": bench}.items():
+    for name, part in {"results": results, "diff": diff, "dropout": dropout, "bench": bench}.items():
         readme = re.sub(
             f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda marks, part=part: f"{marks[1]}{part()}\n{marks[2]}",  # type: ignore[misc]
@@ -35,13 +36,18 @@ def results() -> str:
     """The main figures of the committed run beside the specification's, and how far they can be told apart."""
     found = load_results(HISTORY, METRICS, PREDICTIONS)
     rows = compare(found, load_params().data.monitor_name)
-    accuracy, images = found.metrics["accuracy"], found.metrics["total"]
+    accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)
     return (
         table(["", "this repository", "specification"], [[row.name, row.ours, row.published] for row in rows])
         + f"\n\nAn accuracy of {accuracy:.2%} on {images:,} images has a standard error of {100 * error:.2f} points: "
         + f"two single runs\nless than {200 * math.sqrt(2) * error:.2f} points apart cannot be told apart."
     )
+
+
+def diff() -> str:
+    """What DVC says of a shorter training beside the committed one."""
+    return read_text(DIFF).strip()
 
 
 def dropout() -> str:
@@ -70,14 +76,17 @@ def mean_validation(rows: list[dict[str, str]], kind: str) -> float:
 
 
 def bench() -> str:
-    """How an epoch compares with the plain loop, and the memory of a training."""
+    """How an epoch compares with the plain loop, what tracking adds, and the memory of a training."""
     measured = json.loads(read_text(BENCH))
     ratio = measured["ratio"]
-    return (
-        f"An epoch takes **{ratio['median']:.2f}** of the time of the plain loop (a `DataLoader` with torchvision's\n"
-        f"transforms; {ratio['min']:.2f} to {ratio['max']:.2f} over {len(measured['epoch_seconds']['plain'])} rounds "
-        f"in turn), and the train stage peaks at **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory."
-    )
+    rounds = len(measured["epoch_seconds"]["plain"])
+    sentences = [
+        f"An epoch takes **{ratio['median']:.2f}** of the time of the plain loop (a `DataLoader` with torchvision's "
+        f"transforms; {ratio['min']:.2f} to {ratio['max']:.2f} over {rounds} rounds in turn).",
+        f"Tracking and checkpoints add **{measured['tracking_share']:.1%}** to a training, a new database included.",
+        f"The train stage peaks at **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory.",
+    ]
+    return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,6 +1,5 @@
 """Train the committed commit again, in a temporary clone and without any cache, and compare (`make reproduce`)."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,14 +11,14 @@ import yaml
 from mnist_pipeline.errors import UserError, run
 from mnist_pipeline.files import read_csv
 from mnist_pipeline.paths import HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
-from mnist_pipeline.provenance import git
+from mnist_pipeline.provenance import clean_environment, git
 
 COMPARED = [HISTORY, PREDICTIONS]  # kept in git, so that their numbers can be set beside the new ones
 
 
 def main() -> None:
     """Run the whole pipeline at HEAD again and print, for each output, whether it is the committed one."""
-    commit = git("rev-parse", "--short", "HEAD")
+    commit = git("rev-parse", "--short", "HEAD").strip()
     if not commit:
         raise UserError("this is no git repository with a commit: there is nothing to compare with")
     with tempfile.TemporaryDirectory() as temporary:
@@ -31,7 +30,9 @@ def main() -> None:
             (committed / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(clone / path, committed / path)
         print(f"Running the pipeline of commit {commit} again", flush=True)
-        if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=clean_environment(), check=False).returncode != 0:
+        data = {"MNIST_DIR": str(RAW.resolve())} if RAW.is_dir() else {}  # the clone need not download it again
+        environment = data | clean_environment()
+        if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=environment, check=False).returncode != 0:
             raise UserError(f"the pipeline of commit {commit} failed, as printed above")
         before, after = digests(committed / LOCK), digests(clone / LOCK)
         print(f"\nOutputs of commit {commit}, made again:")
@@ -40,12 +41,6 @@ def main() -> None:
         verdict = "identical, byte for byte" if before == after else difference(committed, clone)
     print(f"Verdict: {verdict}")
     sys.exit(before != after)
-
-
-def clean_environment() -> dict[str, str]:
-    """Return the environment without DVC's and MLflow's variables, and with the data that is already here."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
-    return {"MNIST_DIR": str(RAW.resolve())} | kept if RAW.is_dir() else kept
 
 
 def digests(lock: Path) -> dict[str, str]:
