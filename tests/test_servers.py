@@ -132,7 +132,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Put a cluster of PostgreSQL behind the server, run by nobody where the tests run as root: it refuses root."""
     if shutil.which("initdb") is None or shutil.which("postgres") is None:
         pytest.skip("PostgreSQL is not on the PATH")
-    psycopg2 = pytest.importorskip("psycopg2")
+    psycopg2 = pytest.importorskip("psycopg2", exc_type=ImportError)
     user = None if os.geteuid() else "nobody"
     port = free_port()
     uri = f"postgresql://mlflow@127.0.0.1:{port}/postgres"
