@@ -185,6 +185,15 @@ def test_a_stage_alone_is_added_to_the_run_that_is_there(store: Repository) -> N
     assert points(store, run)["test_accuracy"] == 1
 
 
+def test_a_run_that_the_store_failed_to_close_is_closed(store: Repository) -> None:
+    main()
+    [run] = store.runs()
+    store.client.update_run(run.info.run_id, "RUNNING")
+    main()
+    [run] = store.runs()
+    assert run.info.status == "FINISHED"
+
+
 def test_an_experiment_gets_a_run_of_its_own(store: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
     main()
     monkeypatch.setenv("DVC_EXP_NAME", "trial")

@@ -27,6 +27,7 @@ def main() -> None:
             if subprocess.run(["dvc", "status", "--quiet"], check=False).returncode != 0:
                 raise UserError("the outputs are not those of the params and the code here (`dvc status`): `dvc repro`")
             backfill(store, stages)
+        close(store)
         store.touch()
 
 
@@ -48,6 +49,12 @@ def backfill(store: Store, stages: list[Provenance]) -> None:
             found.add(provenance, datasets, backfilled=True)
     if stages:
         print(f"Added to MLflow, from their outputs: {', '.join(provenance.stage for provenance in stages)}")
+
+
+def close(store: Store) -> None:
+    """Close the run of the model, which holds all of its training, where the store failed at just that."""
+    if (found := store.run_of(MODEL)) and store.client.get_run(found.id).info.status == "RUNNING":
+        found.end("FINISHED")
 
 
 def add_training(store: Store, provenance: Provenance) -> None:
