@@ -220,6 +220,16 @@ def test_outputs_of_other_params_or_code_are_not_added(pipeline: Path, tmp_path:
         assert Repository(tmp_path).runs() == []
 
 
+def test_an_output_that_is_absent_is_no_fault_of_the_store(
+    store: Repository, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pipeline, store.root / "part")
+    monkeypatch.chdir(store.root / "part")
+    METRICS.unlink()
+    with pytest.raises(UserError, match=r"reports/metrics\.json is absent: `dvc repro`"):
+        main()
+
+
 def test_without_a_model_there_is_nothing_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"models/model\.safetensors .*dvc repro"):

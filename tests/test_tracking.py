@@ -34,9 +34,9 @@ from mnist_pipeline.provenance import Provenance
 from mnist_pipeline.tracking import (
     MODEL_TAG,
     Store,
-    check_writable,
     explain,
     finished_runs,
+    prepare,
     tolerant,
     training_run,
 )
@@ -544,14 +544,30 @@ def test_a_training_ends_where_tracking_is_required_and_fails(monkeypatch: pytes
 def test_a_file_that_is_no_database_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "mlflow.db").write_bytes(content)
     with pytest.raises(sqlite3.Error, match="database"):
-        check_writable(tmp_path / "mlflow.db")
+        prepare(tmp_path / "mlflow.db")
     assert (tmp_path / "mlflow.db").read_bytes() == content
 
 
 def test_a_database_is_writable_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_bytes(empty_database())
-    check_writable(tmp_path / "mlflow.db")
+    prepare(tmp_path / "mlflow.db")
     assert (tmp_path / "mlflow.db").read_bytes() == empty_database()
+
+
+@pytest.mark.parametrize("left", ["", "mlflow.db", "mlflow.db.new"], ids=["nothing", "an empty file", "a part"])
+def test_a_database_is_made_whatever_an_interrupted_process_left(tmp_path: Path, left: str) -> None:
+    if left:
+        (tmp_path / left).write_bytes(empty_database()[:8192] if left.endswith("new") else b"")
+    prepare(tmp_path / "mlflow.db")
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+    assert MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}").get_experiment_by_name("Default") is not None
+
+
+def test_a_database_that_cannot_be_made_whole_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MlflowClient, "search_experiments", fail)
+    with pytest.raises(mlflow.MlflowException):
+        prepare(tmp_path / "mlflow.db")
+    assert list(tmp_path.iterdir()) == []
 
 
 REQUEST = "API request to http://localhost:5000/api/2.0/mlflow/runs/log-batch failed with exception "

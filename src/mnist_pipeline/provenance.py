@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import flatten, load_params
 from mnist_pipeline.paths import LOCK, MODEL, PIPELINE, REPORTS
@@ -75,7 +76,13 @@ def names(entries: Sequence[str | Mapping[str, object]]) -> list[str]:
 
 
 def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, or of the list of a directory's files."""
+    """Return the SHA-256 of a file, or of the list of a directory's files.
+
+    Raises:
+        UserError: it is absent.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is absent: `dvc repro` makes it, `dvc pull` brings it")
     return sha256_of_directory(path) if path.is_dir() else sha256(path)
 
 

@@ -33,6 +33,7 @@ from mnist_pipeline.provenance import Provenance, environment, uncommitted
 from mnist_pipeline.training import EpochResult, Training
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 # By default MLflow waits minutes for a server that does not answer. So a request is given up after 13 seconds, and a
 # stage, which may send one more to close what it began, loses less than 30.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -194,7 +195,7 @@ class Store:
         # Two processes that make the database's tables at once break each other (mlflow#6490).
         with FileLock(f"{self.database}.lock", timeout=20) if self.embedded else nullcontext():
             if self.embedded:
-                check_writable(self.database)
+                prepare(self.database)
             self.client = mlflow.MlflowClient()
             self.experiment_id = self.experiment((root / "mlartifacts").as_uri() if self.embedded else None)
         # A training belongs to the experiment of DVC that it runs in, if to one, and to the place.
@@ -387,14 +388,28 @@ def explain(error: Exception) -> str:
     return text.splitlines()[0].split(". ")[0]
 
 
-def check_writable(database: Path) -> None:
-    """Fail at once where MLflow would try for minutes.
+def prepare(database: Path) -> None:
+    """Make MLflow's database where there is none, whole or not at all: it does not go on with tables half made.
 
     Raises:
-        sqlite3.Error: the file is no SQLite database, or cannot be written.
+        sqlite3.Error: the file that is there is no SQLite database, or cannot be written; MLflow would try for minutes.
     """
+    if not database.exists() or database.stat().st_size == 0:
+        new = database.with_name(f"{database.name}.new")
+        try:
+            remove(new)  # what a process that was killed has left
+            mlflow.MlflowClient(f"sqlite:///{new}").search_experiments()
+            new.replace(database)
+        finally:
+            remove(new)
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("BEGIN IMMEDIATE")
+
+
+def remove(database: Path) -> None:
+    """Remove a database and its journal."""
+    for file in database.parent.glob(f"{database.name}*"):
+        file.unlink()
 
 
 def finished_runs(condition: str) -> list[dict[str, Any]]:
