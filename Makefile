@@ -29,11 +29,11 @@ setup: .venv/installed ## make .venv and install what the lock file names
 repro: setup ## run the pipeline: only the stages whose inputs changed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --quiet --local core.no_scm true
 	dvc repro
-	@[ -z "$$MLFLOW_TRACKING_URI" ] && [ mlflow.db -nt dvc.lock ] || python -m mnist_pipeline.backfill
+	@[ -z "$$MLFLOW_TRACKING_URI" ] && [ mlflow.db -nt dvc.lock ] || mnist backfill
 
 backfill: export MNIST_TRACKING = required
 backfill: setup ## give MLflow the run of outputs that DVC restored, or that it missed
-	python -m mnist_pipeline.backfill
+	mnist backfill
 
 test: setup ## run all tests: the quick ones, and real runs of `dvc repro` on 500 digits
 	pytest
@@ -52,21 +52,21 @@ ui: setup ## browse the runs in MLflow
 	mlflow ui
 
 reproduce: setup ## train the committed commit again in a temporary clone and compare byte for byte
-	python -m mnist_pipeline.reproduce
+	mnist reproduce
 
 bench: setup repro ## time an epoch beside the plain loop, measure memory: reports/bench.json (minutes)
-	python -m mnist_pipeline.bench
+	mnist bench
 
 dropout: setup ## train both kinds of dropout on three seeds: reports/dropout.csv (an hour)
 	for seed in 0 1 2; do for kind in element channel; do \
 		dvc exp run --temp --name dropout-$$kind-$$seed --set-param seed=$$seed \
 			--set-param model.dropout_kind=$$kind --set-param data.validation_size=5000 || exit 1; \
 	done; done
-	python -m mnist_pipeline.study
+	mnist dropout
 
 diff: setup repro ## train for five epochs and compare with the last commit: reports/diff.md (minutes)
 	dvc exp run --temp --force --name five-epochs --set-param train.epochs=5
 	{ dvc params diff --md HEAD five-epochs; dvc metrics diff --md --precision 4 HEAD five-epochs; } > reports/diff.md
 
 readme: setup ## carry the results of the last runs into README.md
-	python -m mnist_pipeline.readme
+	mnist readme

@@ -84,7 +84,7 @@ class Repository:
         return self.run(sys.executable, f"stages/{name}.py", **variables)
 
     def backfill(self, **variables: str) -> "subprocess.CompletedProcess[str]":
-        return self.run(sys.executable, "-m", "mnist_pipeline.backfill", **variables)
+        return self.run("mnist", "backfill", **variables)
 
     def commit(self) -> None:
         self.run("git", "add", "--all").check_returncode()

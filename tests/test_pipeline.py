@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -55,7 +54,7 @@ def story(repository: Repository) -> dict[str, Step]:
     keep("again", "repro")
     keep("status", "status")
     keep("forced", "repro", "--force")
-    steps["reproduced"] = Step(repository.run(sys.executable, "-m", "mnist_pipeline.reproduce"), {}, repository.runs())
+    steps["reproduced"] = Step(repository.run("mnist", "reproduce"), {}, repository.runs())
     keep("trial", "exp", "run", "--temp", "-n", "trial", "-S", "train.learning_rate=0.002")
     repository.set_param("epochs", "1")
     keep("shorter", "repro")

@@ -7,7 +7,7 @@ a store that fails during a training keeps only a part of one.
 import subprocess
 
 from mnist_pipeline.data import load_digits, load_training_data
-from mnist_pipeline.errors import UserError, run
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_csv
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import load_model
@@ -71,7 +71,3 @@ def add_training(store: Store, provenance: Provenance) -> None:
     found.log_outputs(provenance)
     found.log_model(model, MODEL, example)
     found.end("FINISHED")
-
-
-if __name__ == "__main__":
-    run(main)

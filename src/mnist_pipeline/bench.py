@@ -18,7 +18,7 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from mnist_pipeline.data import load_digits, load_training_data
-from mnist_pipeline.errors import UserError, run
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import write_json
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model
@@ -156,7 +156,3 @@ def peak_memory_of_training(params: Params) -> float:
         raise UserError("the train stage failed: run `dvc repro train` to see why")
     # Linux counts in KiB, macOS in bytes (getrusage(2)).
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
-
-
-if __name__ == "__main__":
-    run(main)

@@ -8,7 +8,6 @@ import re
 import statistics
 import textwrap
 
-from mnist_pipeline.errors import run
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import BENCH, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README
@@ -93,7 +92,3 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-if __name__ == "__main__":
-    run(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from mnist_pipeline.errors import UserError, run
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_csv
 from mnist_pipeline.paths import HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
 from mnist_pipeline.provenance import clean_environment, git
@@ -67,7 +67,3 @@ def difference(committed: Path, again: Path) -> str:
         f"{changed} of {len(predictions[0]):,} predictions differ; "
         f"the accuracy is {accuracies[1]:.2%} and was {accuracies[0]:.2%}"
     )
-
-
-if __name__ == "__main__":
-    run(main)

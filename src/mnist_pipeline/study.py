@@ -1,6 +1,6 @@
 """Collect the runs of the dropout study (`make dropout`) into one table."""
 
-from mnist_pipeline.errors import UserError, run
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import write_csv
 from mnist_pipeline.paths import DROPOUT
 from mnist_pipeline.tracking import finished_runs
@@ -24,7 +24,3 @@ def main() -> None:
         raise UserError("MLflow holds no finished run with data.validation_size 5000: make dropout")
     write_csv(DROPOUT, rows)
     print(f"{DROPOUT}: {len(rows)} runs")
-
-
-if __name__ == "__main__":
-    run(main)
