@@ -35,49 +35,49 @@ def open_image(source: Path | BinaryIO | bytes) -> Image.Image:
         UserError: it is absent, no picture, damaged, or of more than MAX_PIXELS.
     """
     if not isinstance(source, Path):
-        return decode(io.BytesIO(source) if isinstance(source, bytes) else source, "the picture")
+        return decode(io.BytesIO(source) if isinstance(source, bytes) else source)
     try:
         with source.open("rb") as file:
-            return decode(file, str(source))
+            return decode(file)
     except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): name a picture, such as a PNG or JPEG") from None
+        raise UserError(f"{source}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
-def decode(file: BinaryIO, name: str) -> Image.Image:
-    """Decode a picture for `open_image`."""
+def decode(file: BinaryIO) -> Image.Image:
+    """Do what `open_image` does, with a file that is open."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(file)
-            check(image, name)
+            check(image)
             image.draft(None, (FINE, FINE))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
         except UserError:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise UserError(f"{name} is too large: pictures of up to {MAX_PIXELS:,} pixels are read") from None
+            raise UserError(f"the picture is too large: up to {MAX_PIXELS:,} pixels are read") from None
         except UnidentifiedImageError:
-            raise UserError(f"{name} is no picture of a known format, such as PNG or JPEG") from None
+            raise UserError("this is no picture in a known format, such as PNG or JPEG") from None
         except Exception as error:  # damaged bytes lead Pillow's decoders to errors of any kind
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{name} cannot be decoded ({reason}): it is damaged or incomplete") from None
+            raise UserError(f"the picture is damaged or incomplete, it cannot be decoded ({reason})") from None
     return image
 
 
-def check(image: Image.Image, name: str) -> None:
-    """Refuse, going by its header, a picture that should not be decoded.
+def check(image: Image.Image) -> None:
+    """Refuse a picture that should not be decoded, going by its header.
 
     Raises:
         UserError: it has no pixels or too many, or is a program, as PostScript is.
     """
     if image.format == "EPS":
-        raise UserError(f"{name} is PostScript, which is not run: convert it to PNG")
+        raise UserError("the picture is PostScript, which is not run: convert it to PNG")
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise UserError(
-            f"{name} has {image.width:,} × {image.height:,} pixels: pictures of 1 to {MAX_PIXELS:,} pixels are read"
-        )
+        raise UserError(f"the picture has {image.width:,}×{image.height:,} pixels: 1 to {MAX_PIXELS:,} are read")
 
 
 def normalize(image: Image.Image) -> NDArray[np.uint8]:
