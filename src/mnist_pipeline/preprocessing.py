@@ -105,7 +105,7 @@ def simplify(image: Image.Image) -> Image.Image:
         image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     image.thumbnail((FINE, FINE), Image.Resampling.BOX)
     if image.mode == "F":  # the mode does not tell its range
-        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+        values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0).astype(np.float64)
         low, high = float(values.min()), float(values.max())
         image = Image.fromarray((values - low) * (255 / (high - low or 1)))
     return image
@@ -128,22 +128,15 @@ def find_ink(image: Image.Image) -> Array:
     direction /= np.linalg.norm(direction) or 1
     coarse = difference @ direction
     peak = float(coarse.max())
-    coarse_noise = noise(coarse)
-    if peak < max(FAINTEST, 5 * coarse_noise):
+    if peak < max(FAINTEST, 5 * noise(coarse)):
         raise UserError("the picture holds no digit: nothing in it stands out from its background")
 
     ink: Array = to_array(image) @ direction
     ink -= surface(np.tensordot(direction, background, 1), *ink.shape)
     while noise(ink) > peak / 20 and max(ink.shape) >= 2 * COARSE:
         ink = np.asarray(Image.fromarray(ink).reduce(2))
-    ink = np.where(ink < min(5 * noise(ink), peak / 2), np.float32(0), ink)
-    bounds = extent(coarse > max(peak / 3, 5 * coarse_noise))
-    reach = 1 + MARGIN * max(stop - start for start, stop in bounds)
-    rows, columns = (
-        slice(max(0, int((start - reach) * fine / size)), math.ceil((stop + reach) * fine / size))
-        for (start, stop), fine, size in zip(bounds, ink.shape, coarse.shape, strict=True)
-    )
-    return ink[rows, columns]
+    digit = ink[around(coarse > max(peak / 3, 5 * noise(coarse)), *ink.shape)]
+    return np.where(digit < min(5 * noise(ink), digit.max() / 2), np.float32(0), digit)
 
 
 def to_array(image: Image.Image) -> Array:
@@ -195,6 +188,16 @@ def extent(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return the first row and the one after the last that have anything in them, then such columns."""
     lines = [np.flatnonzero(mask.any(axis=1 - axis)) for axis in (0, 1)]
     return [(int(line[0]), int(line[-1]) + 1) for line in lines]
+
+
+def around(mask: NDArray[np.bool_], height: int, width: int) -> tuple[slice, ...]:
+    """Return the rows and columns of a picture that hold what a coarse mask of it marks, with a margin."""
+    bounds = extent(mask)
+    reach = 1 + MARGIN * max(stop - start for start, stop in bounds)
+    return tuple(
+        slice(max(0, int((start - reach) * fine / coarse)), math.ceil((stop + reach) * fine / coarse))
+        for (start, stop), fine, coarse in zip(bounds, (height, width), mask.shape, strict=True)
+    )
 
 
 def place(ink: Array) -> NDArray[np.uint8]:
