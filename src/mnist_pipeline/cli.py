@@ -1,5 +1,7 @@
 """The command `mnist`: what people and make do beside the pipeline. Slow imports stand where they are used."""
 
+from pathlib import Path
+
 import click
 
 from mnist_pipeline import errors
@@ -47,6 +49,21 @@ def dropout() -> None:
     from mnist_pipeline.study import main
 
     main()
+
+
+@mnist.command()
+@click.option("--host", default="127.0.0.1", help="address to listen at")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0: any that is free")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="model file instead of models:/mnist@champion in MLflow or, without one, models/model.safetensors",
+)
+def serve(host: str, port: int, model: Path | None) -> None:
+    """Serve a page to draw a digit on, and its API."""
+    from mnist_pipeline.service import serve
+
+    serve(host, port, model)
 
 
 @mnist.command()
