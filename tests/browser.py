@@ -18,7 +18,7 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a file that imports it gets its own: two at a time would not work
 def browser() -> Iterator[Browser]:
     """Start Debian's Chromium without a window, with a profile of its own."""
     if (chromium := shutil.which("chromium")) is None:
