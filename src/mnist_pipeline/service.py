@@ -228,7 +228,7 @@ def serve(host: str, port: int, path: Path | None) -> None:
         name = f"[{host}]" if ":" in host else host
         port = listening.getsockname()[1]
         print(f"Serving {model.source} (SHA-256 {model.sha256[:12]}) at http://{name}:{port}", flush=True)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run([listening])
 
 
