@@ -314,6 +314,7 @@ def test_it_is_dark_where_the_user_likes_it_dark(draw_page: Page, digits: dict[i
     expect_digit(draw_page, 3)
     assert (brightness(draw_page, ground) > 230, brightness(draw_page, ink) < 60) == (True, True)
     draw_page.emulate_media(color_scheme="dark")
+    draw_page.wait_for_timeout(500)
     expect_digit(draw_page, 3)
     assert (brightness(draw_page, ground) < 60, brightness(draw_page, ink) > 200) == (True, True)
 

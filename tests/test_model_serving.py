@@ -40,7 +40,7 @@ def served(repository: Repository) -> Iterator[httpx.Client]:
         process = subprocess.Popen(
             ["mlflow", "models", "serve", "-m", uri, "--env-manager", "local", "--port", str(port)],
             cwd=repository.root,
-            env=repository.environment | {"MLFLOW_TRACKING_URI": "sqlite:///mlflow.db"},
+            env=repository.environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

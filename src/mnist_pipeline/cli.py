@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from mnist_pipeline import errors
+from mnist_pipeline.paths import MODEL
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -57,7 +58,7 @@ def dropout() -> None:
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="model file instead of models:/mnist@champion in MLflow or, without one, models/model.safetensors",
+    help=f"model file instead of MLflow's models:/mnist@champion or, where there is none, {MODEL}",
 )
 def serve(host: str, port: int, model: Path | None) -> None:
     """Serve a page to draw a digit on, and its API."""
