@@ -12,6 +12,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from torch import nn
+from tqdm import tqdm
 
 from mnist_pipeline import specification
 from mnist_pipeline.architecture import Layer
@@ -239,7 +240,7 @@ def write_figures(
 ) -> None:
     """Fill a directory with the charts and the misclassified digits as PNG files, in place of what it held."""
     shutil.rmtree(directory, ignore_errors=True)
-    for name, chart in charts.items():
+    for name, chart in tqdm(charts.items(), desc="Drawing", unit="chart", delay=2, leave=False, disable=None):
         write_chart(directory / f"{name}.png", chart)
     for row in misclassified:
         write_digit(directory / "misclassified" / f"{row['index']:.0f}.png", test.pixels[int(row["index"])].numpy())
