@@ -15,7 +15,7 @@ import yaml
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import flatten, load_params
-from mnist_pipeline.paths import LOCK, MODEL, PIPELINE, REPORTS
+from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
 NO_COMMIT = "none: not a commit of a git repository"
@@ -91,6 +91,21 @@ def commit() -> dict[str, str]:
     if not (head := git("rev-parse", "--verify", "--quiet", "HEAD").strip()):
         return {"git_commit": NO_COMMIT, "git_dirty": "unknown"}
     return {"git_commit": head, "git_dirty": str(bool(git("status", "--porcelain", "--", ".", *OUTPUTS))).lower()}
+
+
+def title() -> str:
+    """Name what is about to run, for people: the commit, and the params, or anything else, that differ from it."""
+    found = commit()
+    if found["git_commit"] == NO_COMMIT:
+        return "no commit"
+    committed = yaml.safe_load(git("show", f"HEAD:./{PARAMS}")) or {}
+    known = flatten(committed)
+    changed = [
+        f"{key}={value}" for key, value in flatten(load_params().model_dump()).items() if known.get(key) != value
+    ]
+    if found["git_dirty"] == "true" and not changed:
+        changed = ["changed"]
+    return " ".join([found["git_commit"][:7], *changed])
 
 
 def uncommitted() -> str:

@@ -29,7 +29,7 @@ from mnist_pipeline.files import read_text, sha256
 from mnist_pipeline.model import count_parameters
 from mnist_pipeline.params import flatten
 from mnist_pipeline.paths import MODEL, RAW
-from mnist_pipeline.provenance import Provenance, environment, uncommitted
+from mnist_pipeline.provenance import Provenance, environment, title, uncommitted
 from mnist_pipeline.training import EpochResult, Training
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -57,6 +57,7 @@ WORKSPACE_TAG = "workspace"
 EXPERIMENT_TAG = "dvc_experiment"
 MODEL_TAG = "model_sha256"  # a run that has it holds all of its training
 BACKFILLED_TAG = "backfilled"
+NOTE_TAG = "mlflow.note.content"  # the interface shows it as the run's description
 DIGEST_LENGTH = 36  # characters, MLflow's limit for the digest of a dataset
 
 
@@ -167,7 +168,7 @@ class TrackedRun:
             if name in had.tags or had.params.get(name, str(value)) != str(value)
         }
         metrics = flatten({k: v for path in provenance.metrics for k, v in json.loads(read_text(Path(path))).items()})
-        self.log(metrics, params, changed)
+        self.log(metrics, params, changed | ({NOTE_TAG: describe(metrics)} if metrics else {}))
         self.log_datasets(datasets or {})
         self.log_outputs(provenance)
         self.log_provenance(provenance)
@@ -254,7 +255,7 @@ class Store:
         known = {"stage": provenance.stage, "data_sha256": provenance.inputs[str(RAW)]}
         known |= {name: value for name, value in self.origin.items() if value}
         every = resolve_tags({**known, **provenance.tags(), **tags})
-        created = self.client.create_run(self.experiment_id, tags=every, run_name=self.name)
+        created = self.client.create_run(self.experiment_id, tags=every, run_name=self.name or title())
         return TrackedRun(self.client, created.info.run_id)
 
     def add_to_run_of(self, model: Path, provenance: Provenance, datasets: Mapping[str, Digits] | None = None) -> None:
@@ -351,6 +352,15 @@ def training_run(
     run.finish()
 
 
+def describe(metrics: Mapping[str, Any]) -> str:
+    """Say in Markdown what a test found."""
+    return (
+        f"**{metrics['test_accuracy']:.2%}** of {metrics['test_total']:,} test images right, "
+        f"{metrics['test_misclassified']} wrong. Loss {metrics['test_loss']:.4f}, "
+        f"calibration error {metrics['test_calibration_error']:.2%}, {metrics['parameters']:,} parameters."
+    )
+
+
 @contextmanager
 def tolerant(untracked: str) -> Iterator[None]:
     """Say in one line that something is not tracked, and why, where the store fails in the block.
@@ -385,6 +395,8 @@ def explain(error: Exception) -> str:
             f"the database's schema is not that of MLflow {version('mlflow')}: if an older one made it, copy it and "
             f"`mlflow db upgrade {address()}`; if a newer one, install that"
         )
+    if "file is not a database" in text:
+        return f"{address()} is no SQLite database: move it away, and a new one is made"
     if cause := re.search(r"Caused by (.*)\)", text):  # of a request that was given up: what the last attempt met
         text = re.sub(r"<[^>]*>, |HTTP\w+\([^)]*\): |.*', \w+\((\d+, )?", "", cause[1])
         return re.sub(r"^(\w+\()?['\"]|['\"]\)*$", "", text)
