@@ -9,8 +9,10 @@ import safetensors
 import torch
 from numpy.typing import NDArray
 
+from mnist_pipeline.data import CLASSES, SIDE
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.model import DESCRIPTION, load_model
+from mnist_pipeline.params import DataParams
 from mnist_pipeline.paths import MODEL
 
 
@@ -31,29 +33,32 @@ class Classifier:
     """
 
     def __init__(self, path: Path = MODEL) -> None:
-        torch.set_num_threads(1)  # more would only wait for one another over a single image
+        if not path.exists():
+            raise UserError(f"{path} is absent: `make repro` trains the network, `dvc pull` fetches it")
         self.model = load_model(path)
-        self.mean, self.std = read_normalization(path)
+        self.normalization = read_normalization(path)
+        torch.set_num_threads(1)  # more would only wait for one another over a single image
 
     def classify(self, pixels: NDArray[np.uint8]) -> Prediction:
         """Read a digit (28, 28), white on black, 0 to 255."""
-        image = (torch.from_numpy(pixels).float() / 255 - self.mean) / self.std
+        scaled = torch.tensor(pixels, dtype=torch.float32) / 255
+        images = ((scaled - self.normalization.mean) / self.normalization.std).view(1, 1, SIDE, SIDE)
         with torch.inference_mode():
-            log_probabilities = self.model(image[None, None])[0]
-        probabilities = log_probabilities.double().softmax(dim=0).tolist()  # in double precision they sum to 1
-        digit = max(range(len(probabilities)), key=probabilities.__getitem__)
+            probabilities = self.model(images)[0].double().softmax(dim=0).tolist()  # doubles sum to 1
+        digit = max(range(CLASSES), key=probabilities.__getitem__)
         return Prediction(digit, probabilities[digit], probabilities)
 
 
-def read_normalization(path: Path) -> tuple[float, float]:
-    """Return the mean and the standard deviation by which a model's input is normalised, from its file.
+def read_normalization(path: Path) -> DataParams:
+    """Return the mean and the standard deviation that a model file says its images were normalised by.
 
     Raises:
-        UserError: the file does not say.
+        UserError: it does not say.
     """
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            normalization = json.loads(file.metadata()[DESCRIPTION])["normalization"]
-        return float(normalization["mean"]), float(normalization["std"])
+            description = json.loads(file.metadata()[DESCRIPTION])
+        return DataParams(validation_size=0, **description["normalization"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not say how its input is normalised ({error!r}): `dvc repro` makes it") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} does not say how to normalise images ({reason}): `dvc repro` makes it") from None

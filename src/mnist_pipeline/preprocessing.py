@@ -35,49 +35,49 @@ def open_image(source: Path | BinaryIO | bytes) -> Image.Image:
         UserError: it is absent, no picture, damaged, or of more than MAX_PIXELS.
     """
     if not isinstance(source, Path):
-        return decode(io.BytesIO(source) if isinstance(source, bytes) else source, "the picture")
+        return decode(io.BytesIO(source) if isinstance(source, bytes) else source)
     try:
         with source.open("rb") as file:
-            return decode(file, str(source))
+            return decode(file)
     except OSError as error:
-        raise UserError(f"{source} cannot be read ({error.strerror}): name a picture, such as a PNG or JPEG") from None
+        raise UserError(f"{source}: {error.strerror}") from None
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
-def decode(file: BinaryIO, name: str) -> Image.Image:
-    """Decode a picture for `open_image`."""
+def decode(file: BinaryIO) -> Image.Image:
+    """Do what `open_image` does, with a file that is open."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             image = Image.open(file)
-            check(image, name)
+            check(image)
             image.draft(None, (FINE, FINE))
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
         except UserError:
             raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-            raise UserError(f"{name} is too large: pictures of up to {MAX_PIXELS:,} pixels are read") from None
+            raise UserError(f"the picture is too large: up to {MAX_PIXELS:,} pixels are read") from None
         except UnidentifiedImageError:
-            raise UserError(f"{name} is no picture of a known format, such as PNG or JPEG") from None
+            raise UserError("this is no picture in a known format, such as PNG or JPEG") from None
         except Exception as error:  # damaged bytes lead Pillow's decoders to errors of any kind
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{name} cannot be decoded ({reason}): it is damaged or incomplete") from None
+            raise UserError(f"the picture is damaged or incomplete, it cannot be decoded ({reason})") from None
     return image
 
 
-def check(image: Image.Image, name: str) -> None:
-    """Refuse, going by its header, a picture that should not be decoded.
+def check(image: Image.Image) -> None:
+    """Refuse a picture that should not be decoded, going by its header.
 
     Raises:
         UserError: it has no pixels or too many, or is a program, as PostScript is.
     """
     if image.format == "EPS":
-        raise UserError(f"{name} is PostScript, which is not run: convert it to PNG")
+        raise UserError("the picture is PostScript, which is not run: convert it to PNG")
     if not 0 < image.width * image.height <= MAX_PIXELS:
-        raise UserError(
-            f"{name} has {image.width:,} × {image.height:,} pixels: pictures of 1 to {MAX_PIXELS:,} pixels are read"
-        )
+        raise UserError(f"the picture has {image.width:,}×{image.height:,} pixels: 1 to {MAX_PIXELS:,} are read")
 
 
 def normalize(image: Image.Image) -> NDArray[np.uint8]:
@@ -105,7 +105,7 @@ def simplify(image: Image.Image) -> Image.Image:
         image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     image.thumbnail((FINE, FINE), Image.Resampling.BOX)
     if image.mode == "F":  # the mode does not tell its range
-        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0, neginf=0)
+        values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0).astype(np.float64)
         low, high = float(values.min()), float(values.max())
         image = Image.fromarray((values - low) * (255 / (high - low or 1)))
     return image
@@ -128,22 +128,15 @@ def find_ink(image: Image.Image) -> Array:
     direction /= np.linalg.norm(direction) or 1
     coarse = difference @ direction
     peak = float(coarse.max())
-    coarse_noise = noise(coarse)
-    if peak < max(FAINTEST, 5 * coarse_noise):
+    if peak < max(FAINTEST, 5 * noise(coarse)):
         raise UserError("the picture holds no digit: nothing in it stands out from its background")
 
     ink: Array = to_array(image) @ direction
     ink -= surface(np.tensordot(direction, background, 1), *ink.shape)
     while noise(ink) > peak / 20 and max(ink.shape) >= 2 * COARSE:
         ink = np.asarray(Image.fromarray(ink).reduce(2))
-    ink = np.where(ink < min(5 * noise(ink), peak / 2), np.float32(0), ink)
-    bounds = extent(coarse > max(peak / 3, 5 * coarse_noise))
-    reach = 1 + MARGIN * max(stop - start for start, stop in bounds)
-    rows, columns = (
-        slice(max(0, int((start - reach) * fine / size)), math.ceil((stop + reach) * fine / size))
-        for (start, stop), fine, size in zip(bounds, ink.shape, coarse.shape, strict=True)
-    )
-    return ink[rows, columns]
+    digit = ink[around(coarse > max(peak / 3, 5 * noise(coarse)), *ink.shape)]
+    return np.where(digit < min(5 * noise(ink), digit.max() / 2), np.float32(0), digit)
 
 
 def to_array(image: Image.Image) -> Array:
@@ -195,6 +188,16 @@ def extent(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return the first row and the one after the last that have anything in them, then such columns."""
     lines = [np.flatnonzero(mask.any(axis=1 - axis)) for axis in (0, 1)]
     return [(int(line[0]), int(line[-1]) + 1) for line in lines]
+
+
+def around(mask: NDArray[np.bool_], height: int, width: int) -> tuple[slice, ...]:
+    """Return the rows and columns of a picture that hold what a coarse mask of it marks, with a margin."""
+    bounds = extent(mask)
+    reach = 1 + MARGIN * max(stop - start for start, stop in bounds)
+    return tuple(
+        slice(max(0, int((start - reach) * fine / coarse)), math.ceil((stop + reach) * fine / coarse))
+        for (start, stop), fine, coarse in zip(bounds, (height, width), mask.shape, strict=True)
+    )
 
 
 def place(ink: Array) -> NDArray[np.uint8]:
