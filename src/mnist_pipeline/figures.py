@@ -98,7 +98,7 @@ def draw_learning_curve(history: Sequence[Row], quantity: str, monitor_name: str
     x = alt.X(
         "epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, zero=False)
     )
-    shown = alt.selection_point(fields=["series"], bind="legend")
+    shown = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
     pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
     colours = alt.Scale(domain=list(names.values()), range=[TRAIN, MONITOR, PUBLISHED])
     curves = (
