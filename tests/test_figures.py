@@ -63,7 +63,8 @@ def test_a_learning_curve_shows_both_parts_and_the_published_test(run: MadeUpRun
         {"epoch": 2, "series": "test", "accuracy": 0.9375},
         {"epoch": 2, "series": "test, published", "accuracy": 0.9873},
     ]
-    assert pointer[1] == {"epoch": 2, "train_accuracy": 0.875, "monitor_accuracy": 0.9375, "published": 0.9873}
+    assert pointer[1] == {"epoch": 2, "training": "87.50%", "test": "93.75%", "test, published": "98.73%"}
+    assert pointer[3] == {"epoch": 4, "test, published": "99.21%"}
     assert [row["epoch"] for row in pointer] == list(range(1, 15))
 
 

@@ -166,7 +166,7 @@ def check_harmless(page: str) -> Parsed:
     """Check that a page has no element, attribute or link but those of its frame, its charts and its text."""
     parsed = Parsed(page)
     assert len(parsed.all("script")) == 3
-    assert len(parsed.all("style")) == 1
+    assert len(parsed.all("style")) == 2
     assert not {name for _, attributes in parsed.elements for name in attributes if name.startswith("on")}
     assert all(re.match("#|https://", link["href"]) for link in parsed.all("a"))
     return parsed
