@@ -1,26 +1,32 @@
-"""Write the report and draw its figures."""
+"""Write the report, as Markdown and as a page, and draw its figures."""
 
 from mnist_pipeline.architecture import describe
 from mnist_pipeline.backfill import backfill, missing
 from mnist_pipeline.data import load_digits
 from mnist_pipeline.errors import run
-from mnist_pipeline.files import write_text
+from mnist_pipeline.files import sha256, write_text
 from mnist_pipeline.model import load_model
+from mnist_pipeline.page import render_page
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import FIGURES, HISTORY, METRICS, MODEL, PREDICTIONS, RAW, REPORT
+from mnist_pipeline.paths import CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT
 from mnist_pipeline.provenance import trace
-from mnist_pipeline.reporting import draw_figures, load_results, render_report
+from mnist_pipeline.reporting import draw_charts, load_results, render_report, write_figures
 from mnist_pipeline.tracking import Store, tolerant
 
 
 def main() -> None:
     params = load_params()
     provenance = trace("report")
-    training, test = load_digits(RAW, "train"), load_digits(RAW, "test")
-    layers = describe(load_model(MODEL))
-    results = load_results(HISTORY, METRICS, PREDICTIONS)
-    draw_figures(FIGURES, results, test, params)
-    write_text(REPORT, render_report(params, training, test, layers, results))
+    digits = {part: load_digits(RAW, part) for part in ("train", "test")}
+    model = load_model(MODEL)
+    layers = describe(model)
+    results = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION)
+    charts = draw_charts(results, layers, model, params)
+    write_figures(FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
+    digests = {str(path): sha256(path) for path in [*sorted(RAW.iterdir()), MODEL]}
+    report = render_report(params, digits, layers, results, digests)
+    write_text(REPORT, report)
+    write_text(PAGE, render_page(report, REPORT.parent, charts))
     with tolerant("the report"):
         store = Store()
         backfill(store, missing(store, "evaluate"))

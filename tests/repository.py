@@ -13,7 +13,18 @@ from mlflow.entities import Run
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
-PIPELINE = [".dvc/config", ".dvcignore", ".gitignore", "Makefile", "dvc.yaml", "params.yaml", "src", "stages"]
+PIPELINE = [
+    ".dvc/config",
+    ".dvc/plots",
+    ".dvcignore",
+    ".gitignore",
+    "Makefile",
+    "dvc.yaml",
+    "params.yaml",
+    "src",
+    "stages",
+]
+REPORTS = ["calibration.csv", "figures", "history.csv", "metrics.json", "predictions.csv", "report.html", "report.md"]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ a store that fails during a training keeps only a part of one.
 
 import subprocess
 
+from tqdm import tqdm
+
 from mnist_pipeline.data import load_digits, load_training_data
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_csv
@@ -41,7 +43,7 @@ def missing(store: Store, *later: str) -> list[Provenance]:
 
 def backfill(store: Store, stages: list[Provenance]) -> None:
     """Add what stages wrote to the run of the model, which is made where there is none."""
-    for provenance in stages:
+    for provenance in tqdm(stages, desc="Adding to MLflow", unit="stage", delay=2, leave=False, disable=None):
         if provenance.stage == "train":
             add_training(store, provenance)
         elif found := store.run_of(MODEL):

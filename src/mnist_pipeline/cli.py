@@ -59,6 +59,21 @@ def dropout() -> None:
 
 
 @mnist.command()
+@click.option("--host", default="127.0.0.1", help="Where to listen.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any that is free.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help=f"The model's file, instead of MLflow's models:/mnist@champion or, where there is none, {MODEL}.",
+)
+def serve(host: str, port: int, model: Path | None) -> None:
+    """Serve a page to draw a digit on, and its API."""
+    from mnist_pipeline.service import serve
+
+    serve(host, port, model)
+
+
+@mnist.command()
 def readme() -> None:
     """Carry the results of the last runs into README.md."""
     from mnist_pipeline.readme import main

@@ -15,6 +15,12 @@ from mnist_pipeline.params import DataParams
 CLASSES = 10
 SIDE = 28  # pixels
 PREFIXES = {"train": "train", "test": "t10k"}
+# Of MNIST's test images, those whose label a majority of five raters disputes (Northcutt et al., arXiv:2103.14749, data
+# at github.com/cleanlab/label-errors): ten got another label, three none, on two the raters were tied.
+DISPUTED = [947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729]
+TEST_SHA256 = (
+    "c3f9adf9c66efb572b1f9326c3a511b45910c7173b97be66ceceeeeaef6b802b"  # `Digits.sha256` of MNIST's test images
+)
 FILES = [f"{prefix}-{kind}-ubyte" for prefix in PREFIXES.values() for kind in ("images-idx3", "labels-idx1")]
 
 
@@ -39,6 +45,10 @@ class Digits:
         """Return the SHA-256 of the pixels, then the labels, a byte each."""
         content = self.pixels.numpy().tobytes() + self.labels.to(torch.uint8).numpy().tobytes()
         return hashlib.sha256(content).hexdigest()
+
+    def disputed(self) -> list[int]:
+        """Return the places of images whose label is disputed; they are known for MNIST's test images alone."""
+        return DISPUTED if self.sha256() == TEST_SHA256 else []
 
     def tensors(self, params: DataParams, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the network's input (N, 1, 28, 28), pixels scaled to 0..1 and normalised, and the labels (N,)."""

@@ -1,5 +1,6 @@
 """What a trained network gets right and wrong on the test images."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from torch import Tensor
@@ -7,22 +8,52 @@ from torch import Tensor
 from mnist_pipeline.data import CLASSES
 from mnist_pipeline.inference import score
 
+BINS = 15
 
-def measure(log_probabilities: Tensor, labels: Tensor) -> dict[str, object]:
-    """Return loss (nats an image), accuracy and counts, over all images and for each class.
 
-    `log_probabilities` are (N, 10), `labels` (N,) with some of each class.
+def measure(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
+    """Return loss (nats an image), accuracy and counts, over all images and for each class, and calibration error.
+
+    `log_probabilities` are (N, 10), `labels` (N,) with some of each class. The images at the places `disputed` are left
+    out of the undisputed accuracy.
     """
     right = log_probabilities.argmax(dim=1) == labels
     total = score(log_probabilities, labels)
+    undisputed = right.new_ones(len(right))
+    undisputed[list(disputed)] = False
     return {
         "test_accuracy": total.accuracy,
+        "test_undisputed_accuracy": right[undisputed].double().mean().item(),
         **{f"test_{name}": value for name, value in asdict(total).items()},
         "test_misclassified": total.total - total.correct,
+        "test_calibration_error": calibration_error(calibration(log_probabilities, labels)),
         "test_per_class_accuracy": {
             str(digit): right[labels == digit].double().mean().item() for digit in range(CLASSES)
         },
     }
+
+
+def calibration(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
+    """Return, for each bin of confidence that has images, how many, how sure the network was and how often right.
+
+    The bins are fifteen of equal width between 0 and 1 (Guo et al., arXiv:1706.04599).
+    """
+    confidence, prediction = log_probabilities.double().exp().max(dim=1)
+    places = (confidence * BINS).ceil().clamp(1, BINS)
+    return [
+        {
+            "images": int((members := places == place).sum()),
+            "confidence": confidence[members].mean().item(),
+            "accuracy": (prediction == labels)[members].double().mean().item(),
+        }
+        for place in places.unique()  # sorted
+    ]
+
+
+def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
+    """Return the expected calibration error: how far confidence and accuracy of a bin are apart, mean over images."""
+    images = sum(row["images"] for row in bins)
+    return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / images
 
 
 def predictions(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, object]]:

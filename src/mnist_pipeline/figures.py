@@ -1,94 +1,276 @@
-"""The report's pictures, as PNG files that the same run draws byte for byte again."""
+"""The report's charts, drawn by Altair: interactive in report.html, as PNG files in report.md; and digits as images."""
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-import matplotlib as mpl
+import altair as alt
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+import vl_convert
+from PIL import Image
+from scipy.stats import binomtest
 
-from mnist_pipeline.data import CLASSES, Digits
+from mnist_pipeline.architecture import Layer
+from mnist_pipeline.data import CLASSES
 from mnist_pipeline.files import write_bytes
 
-TRAIN, MONITOR, PUBLISHED = "#9a6324", "#1f5fa8", "#808080"
-mpl.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False})
+Row = Mapping[str, float]
+Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+
+WIDTH = 460  # pixels, of a PNG; on the page a chart is as wide as its place
+TRAIN, MONITOR, PUBLISHED, ERROR = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"  # seen on white and on black
+FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
+INK = "currentColor"  # of the page around it, light or dark; black in a PNG
+LOSSES = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # ticks of a logarithmic axis
+ENLARGED = 4  # a digit's pixel in its PNG
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG without the names and dates that would differ between two runs."""
+def finished(chart: Chart) -> Chart:
+    """Give a chart the look that all have."""
+    text = {"labelColor": INK, "titleColor": INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
+    styled: Chart = chart.configure(
+        font=FONT,
+        background="transparent",
+        axis={
+            **text,
+            "domainColor": INK,
+            "tickColor": INK,
+            "domainOpacity": 0.5,
+            "tickOpacity": 0.5,
+            "grid": False,
+            "titlePadding": 8,
+        },
+        legend={**text, "orient": "top", "title": None},
+        view={"stroke": None},
+        text={"color": INK, "fontSize": 12},
+        rule={"color": INK},
+    )
+    return styled
+
+
+def write_chart(path: Path, chart: Chart) -> None:
+    """Draw a chart on white as PNG, of 64 colours, which are enough."""
+    drawn = vl_convert.vegalite_to_png(chart.to_dict() | {"background": "white"}, scale=2)
+    write_png(path, Image.open(io.BytesIO(drawn)).convert("RGB").quantize(64))
+
+
+def write_digit(path: Path, pixels: np.ndarray) -> None:
+    """Write a digit (28, 28), black on white, enlarged."""
+    image = Image.fromarray(255 - pixels)
+    write_png(path, image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST))
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """Write an image, whole or not at all."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight", metadata={"Software": None})
+    image.save(buffer, "png", optimize=True)
     write_bytes(path, buffer.getvalue())
 
 
-def draw_learning_curves(
-    path: Path,
-    history: Sequence[dict[str, float]],
-    monitor_name: str,
-    published_loss: Sequence[float],
-    published_accuracy: Sequence[float],
-) -> None:
-    """Draw loss and accuracy by epoch, training, monitor and published; vertical lines mark the scheduler's steps."""
-    figure = Figure(figsize=(11, 4))
-    epochs = [row["epoch"] for row in history]
-    steps = [row["epoch"] - 0.5 for before, row in pairwise(history) if row["learning_rate"] != before["learning_rate"]]
-    published_epochs = range(1, len(published_loss) + 1)
-    for axes, name, published in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), (published_loss, published_accuracy), strict=True
-    ):
-        for epoch in steps:
-            axes.axvline(epoch, color="#d0d0d0", linestyle=":", zorder=0)
-        axes.plot(published_epochs, published, color=PUBLISHED, linestyle="--", marker=".", label="test, published")
-        axes.plot(epochs, [row[f"train_{name}"] for row in history], color=TRAIN, marker=".", label="training")
-        axes.plot(
-            epochs, [row[f"monitor_{name}"] for row in history], color=MONITOR, marker=".", label=monitor_name.lower()
+def draw_learning_curve(history: Sequence[Row], quantity: str, monitor_name: str, published: Sequence[float]) -> Chart:
+    """Draw loss or accuracy by epoch; dotted lines mark the scheduler's steps, a pointer shows an epoch's figures."""
+    monitor = monitor_name.lower()
+    names = {f"train_{quantity}": "training", f"monitor_{quantity}": monitor, "published": "test, published"}
+    figures = {row["epoch"]: {name: row[name] for name in names if name in row} for row in history}
+    for epoch, value in enumerate(published, 1):
+        figures.setdefault(epoch, {})["published"] = value
+    points = [
+        {"epoch": epoch, "series": title, quantity: values[name]}
+        for name, title in names.items()
+        for epoch, values in sorted(figures.items())
+        if name in values
+    ]
+    number = ".4f" if quantity == "loss" else ".2%"
+    epochs = [  # what the tooltip says: an epoch that this run or the published one did not have is not mentioned
+        {"epoch": int(epoch)} | {title: format(values[name], number) for name, title in names.items() if name in values}
+        for epoch, values in sorted(figures.items())
+    ]
+    steps = [
+        {"epoch": row["epoch"] - 0.5, "step": f"{before['learning_rate']:g} → {row['learning_rate']:g}"}
+        for before, row in pairwise(history)
+        if row["learning_rate"] != before["learning_rate"]
+    ]
+    if quantity == "loss":
+        scale, axis = alt.Scale(type="log"), alt.Axis(title="loss, nats an image", format="~g", values=LOSSES)
+    else:
+        # The first epoch's training accuracy, far below the rest, would flatten all that matters.
+        lowest = min([row["monitor_accuracy"] for row in history] + list(published))
+        scale, axis = alt.Scale(domain=[max(0, lowest - 0.005), 1]), alt.Axis(title="accuracy", format=".1%")
+    x = alt.X(
+        "epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, zero=False)
+    )
+    shown = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
+    pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
+    colours = alt.Scale(domain=list(names.values()), range=[TRAIN, MONITOR, PUBLISHED])
+    curves = (
+        alt.Chart(alt.Data(values=points))
+        .mark_line(point=True, clip=True)
+        .encode(
+            x=x,
+            y=alt.Y(f"{quantity}:Q", scale=scale, axis=axis),
+            color=alt.Color("series:N", scale=colours),
+            strokeDash=alt.condition("datum.series == 'test, published'", alt.value([4, 3]), alt.value([1, 0])),
+            opacity=alt.condition(shown, alt.value(1), alt.value(0.1)),
         )
-        axes.set_xlabel("epoch")
-        axes.set_title(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    loss, accuracy = figure.axes
-    loss.set_yscale("log")
-    loss.set_ylabel("negative log-likelihood, nats an image")
-    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    # The first epoch's training accuracy, far below the rest, would flatten all that matters.
-    accuracy.set_ylim(bottom=min(row["monitor_accuracy"] for row in history) - 0.01)
-    loss.legend(frameon=False)
-    save(figure, path)
+        .add_params(shown)
+    )
+    pointer = (
+        alt.Chart(alt.Data(values=epochs))
+        .mark_rule(tooltip=alt.TooltipContent("data"))
+        .encode(x=x, opacity=alt.condition(pointed, alt.value(0.5), alt.value(0)))
+        .add_params(pointed)
+    )
+    drops = alt.Chart(alt.Data(values=steps)).mark_rule(strokeDash=[2, 3], opacity=0.4)
+    drops = drops.encode(x=x, tooltip=[alt.Tooltip("step:N", title="learning rate")])
+    return finished(alt.layer(drops, curves, pointer).properties(width=WIDTH, height=280))
 
 
-def draw_confusion_matrix(path: Path, confusion: np.ndarray) -> None:
+def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
     """Draw how often each label (row) was predicted as each class (column); the errors carry the colour."""
-    figure = Figure(figsize=(6, 6))
-    axes = figure.subplots()
-    errors = confusion * (1 - np.eye(CLASSES))
-    axes.imshow(errors, cmap="Reds", vmin=0, vmax=max(errors.max() * 1.5, 1))
-    for label in range(CLASSES):
-        for prediction in range(CLASSES):
-            count = int(confusion[label, prediction])
-            weight = "bold" if label == prediction else "normal"
-            axes.text(prediction, label, str(count or "·"), ha="center", va="center", fontweight=weight, fontsize=9)
-    axes.set_xticks(range(CLASSES))
-    axes.set_yticks(range(CLASSES))
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("label")
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    save(figure, path)
+    errors = confusion - np.diag(confusion.diagonal())
+    cells = [
+        {
+            "label": label,
+            "prediction": prediction,
+            "images": int(confusion[label, prediction]),
+            "errors": int(errors[label, prediction]),
+            "text": str(confusion[label, prediction] or "·"),
+        }
+        for label in range(CLASSES)
+        for prediction in range(CLASSES)
+    ]
+    base = alt.Chart(alt.Data(values=cells)).encode(
+        x=alt.X("prediction:O", title="predicted", axis=alt.Axis(labelAngle=0)),
+        y="label:O",
+        tooltip=["label:O", "prediction:O", "images:Q"],
+    )
+    largest = max(int(errors.max()), 1)
+    shade = alt.Opacity("errors:Q", scale=alt.Scale(domain=[0, largest], range=[0, 0.75]), legend=None)
+    right = alt.condition("datum.label == datum.prediction", alt.value(0.6), alt.value(1.0))
+    colour = base.mark_rect(color=ERROR).encode(opacity=shade)
+    return finished(
+        alt.layer(colour, base.mark_text().encode(text="text:N", opacity=right)).properties(
+            width=WIDTH, height=WIDTH - 60
+        )
+    )
 
 
-def draw_gallery(path: Path, digits: Digits, misclassified: Sequence[dict[str, float]]) -> None:
-    """Draw misclassified test digits under what the network took them for, how surely, and their labels."""
-    columns = 10
-    rows = max(1, math.ceil(len(misclassified) / columns))
-    figure = Figure(figsize=(columns * 1.15, rows * 1.5))
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.axis("off")
-    for axes, row in zip(figure.axes, misclassified, strict=False):
-        axes.imshow(digits.pixels[int(row["index"])].numpy(), cmap="gray_r", vmin=0, vmax=255)
-        axes.set_title(f"{row['label']:.0f} as {row['prediction']:.0f}\n{row['probability']:.1%}", fontsize=8)
-    figure.subplots_adjust(hspace=0.6)
-    save(figure, path)
+def draw_reliability(calibration: Sequence[Row]) -> Chart:
+    """Draw how often the network was right by how sure it was, with Wilson's 95% intervals, against the diagonal."""
+    rows = []
+    for row in calibration:
+        images = round(row["images"])
+        interval = binomtest(round(row["accuracy"] * images), images).proportion_ci(method="wilson")
+        rows.append({**row, "lowest": interval.low, "highest": interval.high})
+    percent = alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    unit = alt.Scale(domain=[0, 1])
+    ideal = alt.Chart(alt.Data(values=[{"ideal": 0}, {"ideal": 1}])).mark_line(
+        strokeDash=[4, 3], color=PUBLISHED, strokeWidth=1
+    )
+    ideal = ideal.encode(x=alt.X("ideal:Q", scale=unit), y=alt.Y("ideal:Q", scale=unit))
+    base = alt.Chart(alt.Data(values=rows)).encode(
+        x=alt.X("confidence:Q", title="confidence (mean of its bin)", axis=percent, scale=unit),
+        tooltip=[
+            alt.Tooltip("images:Q", format=","),
+            alt.Tooltip("confidence:Q", format=".2%"),
+            alt.Tooltip("accuracy:Q", format=".2%"),
+        ],
+    )
+    intervals = base.mark_rule(opacity=0.4).encode(y="lowest:Q", y2="highest:Q")
+    bins = base.mark_circle(color=MONITOR, opacity=1).encode(
+        y=alt.Y("accuracy:Q", title="accuracy", axis=percent, scale=unit),
+        size=alt.Size(
+            "images:Q", scale=alt.Scale(type="log", range=[20, 400]), legend=alt.Legend(title="images", tickCount=3)
+        ),
+    )
+    return finished(alt.layer(ideal, intervals, bins).properties(width=WIDTH, height=340))
+
+
+def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
+    """Draw the network from the image down: each step as wide as its maps are, as thick as it has channels."""
+    rows: list[dict[str, Any]] = []
+    top = 0.0
+    for step in steps:
+        first, last = step[0], step[-1]
+        channels, side = last.output_shape[0], (*last.output_shape, 1, 1)[1]
+        parameters = sum(layer.parameters for layer in step)
+        thickness = 4 + 0.7 * channels
+        rows.append(
+            {
+                "name": first.name,
+                "layers": " → ".join(layer.kind for layer in step),
+                "top": top,
+                "bottom": top + thickness,
+                "middle": top + thickness / 2,
+                "left": -side / 2,
+                "right": side / 2,
+                "shape": "×".join(map(str, last.output_shape)),
+                "parameters": parameters,
+                "sees": f"{first.receptive_field}×{first.receptive_field}",
+                "kind": "convolution" if first.kernel and parameters else "pooling",
+                "text": f"{first.name}: {'×'.join(map(str, last.output_shape))}\n"
+                + (f"{parameters:,} parameters, " if parameters else "")
+                + f"sees {first.receptive_field}×{first.receptive_field}",
+            }
+        )
+        top += max(thickness, 28) + 8
+    data = alt.Data(values=rows)
+    widest = max(row["right"] for row in rows)
+    y = alt.Scale(domain=[top, -12], nice=False)
+    x = alt.Scale(domain=[-widest, 4.2 * widest], nice=False)
+    maps = (
+        alt.Chart(data)
+        .mark_rect(cornerRadius=2)
+        .encode(
+            x=alt.X("left:Q", scale=x, axis=None),
+            x2="right:Q",
+            y=alt.Y("top:Q", scale=y, axis=None),
+            y2="bottom:Q",
+            color=alt.Color("kind:N", scale=alt.Scale(domain=["convolution", "pooling"], range=[MONITOR, TRAIN])),
+            tooltip=["name:N", "layers:N", "shape:N", "parameters:Q", alt.Tooltip("sees:N", title="receptive field")],
+        )
+    )
+    words = (
+        alt.Chart(data)
+        .mark_text(align="left", baseline="middle", lineBreak="\n")
+        .encode(x=alt.XDatum(1.15 * widest), y="middle:Q", text="text:N")
+    )
+    return finished(alt.layer(maps, words).properties(width=WIDTH, height=top + 12))
+
+
+def draw_filters(weights: np.ndarray) -> Chart:
+    """Draw the filters (N, height, width) of the first convolution, each in its own square."""
+    count, height, width = weights.shape
+    columns = min(count, 8)
+    cells = [
+        {
+            "filter": number + 1,
+            "x": number % columns * (width + 1) + column,
+            "y": number // columns * (height + 1) + row,
+            "weight": float(weights[number, row, column]),
+        }
+        for number, row, column in np.ndindex(weights.shape)
+    ]
+    bound = float(np.abs(weights).max())
+    lines = math.ceil(count / columns)
+    chart = (
+        alt.Chart(alt.Data(values=cells))
+        .transform_calculate(right="datum.x + 1", below="datum.y + 1")
+        .mark_rect()
+        .encode(
+            x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, columns * (width + 1) - 1], nice=False)),
+            x2="right:Q",
+            y=alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[lines * (height + 1) - 1, 0], nice=False)),
+            y2="below:Q",
+            color=alt.Color(
+                "weight:Q",
+                scale=alt.Scale(domain=[-bound, 0, bound], range=[ERROR, "white", MONITOR], interpolate="rgb"),
+            ),
+            tooltip=["filter:O", alt.Tooltip("weight:Q", format="+.3f")],
+        )
+    )
+    side = WIDTH / (columns * (width + 1) - 1)
+    return finished(chart.properties(width=WIDTH, height=side * (lines * (height + 1) - 1)))

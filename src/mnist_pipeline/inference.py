@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """Return the log-probabilities (N, 10) that the network gives images (N, 1, 28, 28), on their device."""
+    batches = tqdm(images.split(batch_size), desc="Predicting", unit="batch", delay=2, leave=False, disable=None)
     with evaluation_mode(model):
-        return torch.cat([model(batch) for batch in images.split(batch_size)])
+        return torch.cat([model(batch) for batch in batches])
 
 
 def score(log_probabilities: Tensor, labels: Tensor) -> Score:

@@ -17,7 +17,9 @@ REPORTS = Path("reports")
 HISTORY = REPORTS / "history.csv"
 METRICS = REPORTS / "metrics.json"
 PREDICTIONS = REPORTS / "predictions.csv"
+CALIBRATION = REPORTS / "calibration.csv"
 REPORT = REPORTS / "report.md"
+PAGE = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 
 # Written by `make dropout`, `make diff` and `make bench`, no outputs of a stage.

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,9 +16,10 @@ import yaml
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import flatten, load_params
-from mnist_pipeline.paths import LOCK, MODEL, PIPELINE, REPORTS
+from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
+TITLE_LENGTH = 120  # characters; MLflow's tables hold 250
 NO_COMMIT = "none: not a commit of a git repository"
 
 
@@ -91,6 +93,26 @@ def commit() -> dict[str, str]:
     if not (head := git("rev-parse", "--verify", "--quiet", "HEAD").strip()):
         return {"git_commit": NO_COMMIT, "git_dirty": "unknown"}
     return {"git_commit": head, "git_dirty": str(bool(git("status", "--porcelain", "--", ".", *OUTPUTS))).lower()}
+
+
+def title() -> str:
+    """Name what is about to run, for people: the commit, and the params, or anything else, that differ from it."""
+    found = commit()
+    if found["git_commit"] == NO_COMMIT:
+        return "no commit"
+    params, known = flatten(load_params().model_dump()), committed_params()
+    changed = [f"{key}={value}" for key, value in params.items() if known.get(key, value) != value]
+    if found["git_dirty"] == "true" and not changed:
+        changed = ["changed"]
+    return textwrap.shorten(" ".join([found["git_commit"][:7], *changed]), TITLE_LENGTH, placeholder=" …")
+
+
+def committed_params() -> dict[str, object]:
+    """Return the commit's params by their names, none where its file does not hold any."""
+    try:
+        return flatten(yaml.safe_load(git("show", f"HEAD:./{PARAMS}")))
+    except (yaml.YAMLError, AttributeError):
+        return {}
 
 
 def uncommitted() -> str:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -10,11 +11,23 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from torch import nn
+from tqdm import tqdm
 
 from mnist_pipeline import specification
 from mnist_pipeline.architecture import Layer
 from mnist_pipeline.data import CLASSES, SIDE, Digits
-from mnist_pipeline.figures import draw_confusion_matrix, draw_gallery, draw_learning_curves
+from mnist_pipeline.evaluation import BINS
+from mnist_pipeline.figures import (
+    Chart,
+    draw_confusion_matrix,
+    draw_filters,
+    draw_learning_curve,
+    draw_network,
+    draw_reliability,
+    write_chart,
+    write_digit,
+)
 from mnist_pipeline.files import read_csv, read_text
 from mnist_pipeline.params import Params, flatten
 
@@ -23,11 +36,12 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Results:
-    """What the earlier stages wrote: a row for each epoch, the test metrics, a row for each test image."""
+    """What the earlier stages wrote: rows for epochs, test images and bins of confidence, and the test metrics."""
 
     history: list[Row]
     metrics: dict[str, Any]
     predictions: list[Row]
+    calibration: list[Row]
 
     @property
     def misclassified(self) -> list[Row]:
@@ -44,13 +58,13 @@ class Results:
         return counts
 
 
-def load_results(history: Path, metrics: Path, predictions: Path) -> Results:
+def load_results(history: Path, metrics: Path, predictions: Path, calibration: Path) -> Results:
     """Read what the earlier stages wrote.
 
     Raises:
         UserError: a file is absent.
     """
-    return Results(read_csv(history), json.loads(read_text(metrics)), read_csv(predictions))
+    return Results(read_csv(history), json.loads(read_text(metrics)), read_csv(predictions), read_csv(calibration))
 
 
 @dataclass(frozen=True)
@@ -199,36 +213,66 @@ def steps_by_block(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
     return blocks
 
 
-def draw_figures(directory: Path, results: Results, test: Digits, params: Params) -> None:
-    """Draw the report's figures into a directory."""
-    draw_learning_curves(
-        directory / "learning_curves.png",
-        results.history,
-        params.data.monitor_name,
-        specification.TEST_LOSS,
-        [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT],
-    )
-    draw_confusion_matrix(directory / "confusion_matrix.png", results.confusion)
-    draw_gallery(directory / "misclassified.png", test, results.misclassified[: params.report.gallery_size])
+def draw_charts(results: Results, layers: Sequence[Layer], model: nn.Module, params: Params) -> dict[str, Chart]:
+    """Draw the report's charts, each under its name."""
+    published = {
+        "loss": specification.TEST_LOSS,
+        "accuracy": [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT],
+    }
+    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return {
+        **{
+            quantity: draw_learning_curve(results.history, quantity, params.data.monitor_name, values)
+            for quantity, values in published.items()
+        },
+        "network": draw_network([step for steps in steps_by_block(layers).values() for step in steps]),
+        "filters": draw_filters(first.weight.detach().numpy()[:, 0]),
+        "confusion_matrix": draw_confusion_matrix(results.confusion),
+        "reliability": draw_reliability(results.calibration),
+    }
 
 
-def render_report(params: Params, training: Digits, test: Digits, layers: Sequence[Layer], results: Results) -> str:
-    """Return the report as Markdown."""
+def write_figures(
+    directory: Path,
+    charts: Mapping[str, Chart],
+    test: Digits,
+    misclassified: Sequence[Row],
+) -> None:
+    """Fill a directory with the charts and the misclassified digits as PNG files, in place of what it held."""
+    shutil.rmtree(directory, ignore_errors=True)
+    for name, chart in tqdm(charts.items(), desc="Drawing", unit="chart", delay=2, leave=False, disable=None):
+        write_chart(directory / f"{name}.png", chart)
+    for row in misclassified:
+        write_digit(directory / "misclassified" / f"{row['index']:.0f}.png", test.pixels[int(row["index"])].numpy())
+
+
+def render_report(
+    params: Params,
+    digits: Mapping[str, Digits],
+    layers: Sequence[Layer],
+    results: Results,
+    digests: Mapping[str, str],
+) -> str:
+    """Return the report as Markdown; `digits` are the `train` and `test` images, `digests` the SHA-256 of files."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_pipeline"),
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 (Markdown, of our own numbers)
+        autoescape=False,  # noqa: S701 (Markdown, of our own numbers; `page` escapes it)
     )
+    training, test = digits["train"], digits["test"]
     confused = results.confusion - np.diag(results.confusion.diagonal())
     return environment.get_template("report.md.j2").render(
         params=params,
         configuration=flatten(params.model_dump()),
+        digests=digests,
         training=training,
         test=test,
+        disputed=test.disputed(),
         side=SIDE,
+        bins=BINS,
         layers=layers,
         blocks=steps_by_block(layers),
         channels=[1, *(layer.output_shape[0] for layer in layers if layer.kind == "Conv2d")],
