@@ -106,6 +106,8 @@ def simplify(image: Image.Image) -> Image.Image:
     else:
         image = image.convert("L" if image.mode in ("1", "L") else "RGB")
     image.thumbnail((FINE, FINE), Image.Resampling.BOX)
+    if image.mode == "RGB" and len({band.tobytes() for band in image.split()}) == 1:
+        image = image.getchannel("R")  # grey: one channel takes half the time of three
     if image.mode == "F":  # the mode does not tell its range
         values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0).astype(np.float64)
         low, high = float(values.min()), float(values.max())
