@@ -45,10 +45,22 @@ class ModelParams(Section):
 
 
 class SchedulerParams(Section):
-    """`torch.optim.lr_scheduler.StepLR`: multiply the learning rate by `gamma` after every `step_size` epochs."""
+    """How the learning rate moves: down in steps, or up to its value and down to nothing in one cycle."""
 
+    kind: Literal["step", "one_cycle"]
     step_size: Count
     gamma: Annotated[float, Field(gt=0, le=1)]
+    warm_up: Probability
+
+
+class AugmentationParams(Section):
+    """How far training images are moved, at most, either way."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)]
+    shift: Annotated[float, Field(ge=0, le=28)]
+    scale: Probability
+    shear: Probability
+    clean_epochs: Annotated[int, Field(ge=0)]
 
 
 class TrainParams(Section):
@@ -59,7 +71,10 @@ class TrainParams(Section):
     optimizer: Literal["adam", "adamw", "sgd"]
     learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Probability
+    averaging: Probability
     scheduler: SchedulerParams
+    augmentation: AugmentationParams
 
 
 class EvaluateParams(Section):
