@@ -1,8 +1,17 @@
 """The command `mnist`: what people and make do beside the pipeline. Slow imports stand where they are used."""
 
+import json
+import sys
+from pathlib import Path
+from typing import BinaryIO, cast
+
 import click
 
 from mnist_pipeline import errors
+from mnist_pipeline.paths import MODEL, RAW
+
+model_option = click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="The model's file.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
@@ -50,11 +59,145 @@ def dropout() -> None:
 
 
 @mnist.command()
+@click.option("--host", default="127.0.0.1", help="Address to listen at.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help=f"Model file instead of MLflow's models:/mnist@champion or, where there is none, {MODEL}.",
+)
+def serve(host: str, port: int, model: Path | None) -> None:
+    """Serve a page to draw a digit on, and its API."""
+    from mnist_pipeline.service import serve
+
+    serve(host, port, model)
+
+
+@mnist.command()
 def readme() -> None:
     """Carry the results of the last runs into README.md."""
     from mnist_pipeline.readme import main
 
     main()
+
+
+@mnist.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@model_option
+@json_option
+def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
+    """Read the digit in each picture: a drawing, a scan or a photo of one digit; - is standard input.
+
+    Any colours and size will do, dark on light or light on dark. A picture that cannot be read gets a line on standard
+    error, the others are answered all the same, and the exit code is 1.
+    """
+    from mnist_pipeline.classifier import Classifier
+    from mnist_pipeline.preprocessing import normalize, open_image
+
+    classifier = Classifier(model)
+    answers = []
+    for file in files:
+        name = click.format_filename(file)
+        try:
+            with click.open_file(file, "rb") as picture:
+                prediction = classifier.classify(normalize(open_image(cast("BinaryIO", picture))))
+        except (errors.UserError, OSError) as error:
+            print(f"error: {name}: {getattr(error, 'strerror', error)}", file=sys.stderr, flush=True)
+            continue
+        answers.append({"file": name, **vars(prediction)})
+        if not as_json:
+            print(f"{name}: {prediction.digit} ({prediction.probability:.1%})", flush=True)
+    if as_json:
+        print(json.dumps(answers, indent=2))
+    sys.exit(len(answers) < len(files))
+
+
+@mnist.command()
+@model_option
+@json_option
+def info(model: Path, as_json: bool) -> None:
+    """Show the network layer by layer, and which model file holds it.
+
+    Without the model file of the pipeline it is the network that params.yaml describes.
+    """
+    from dataclasses import asdict
+
+    from mnist_pipeline.architecture import describe
+    from mnist_pipeline.classifier import Classifier
+    from mnist_pipeline.files import sha256
+    from mnist_pipeline.model import Net
+    from mnist_pipeline.params import load_params
+
+    if model == MODEL and not model.exists():
+        params = load_params()
+        network, normalization, digest = Net(params.model), params.data, None
+    else:
+        classifier = Classifier(model)
+        network, normalization, digest = classifier.model, classifier.normalization, sha256(model)
+    layers = describe(network)
+    total = sum(layer.parameters for layer in layers)
+    if as_json:
+        description = {
+            "model": str(model) if digest else None,
+            "sha256": digest,
+            "normalization": normalization.model_dump(include={"mean", "std"}),
+            "parameters": total,
+            "layers": [asdict(layer) for layer in layers],
+        }
+        print(json.dumps(description, indent=2))
+        return
+    print(
+        f"{model}: SHA-256 {digest}" if digest else f"{model} is absent: this is the network of params.yaml, untrained"
+    )
+    print(
+        f"Pixels from 0 to 1 are normalised by mean {normalization.mean:g}, standard deviation {normalization.std:g}.\n"
+    )
+    rows = [("layer", "kind", "output", "parameters", "receptive field")]
+    rows += [
+        (
+            f"{layer.block}.{layer.name}",
+            layer.kind,
+            "×".join(map(str, layer.output_shape)),
+            f"{layer.parameters:,}",
+            str(layer.receptive_field),
+        )
+        for layer in layers
+    ]
+    rows += [("total", "", "", f"{total:,}", "")]
+    for name, kind, shape, parameters, field in rows:
+        print(f"{name:<16}  {kind:<17}  {shape:<8}  {parameters:>10}  {field:>15}".rstrip())
+
+
+@mnist.group()
+def export() -> None:
+    """Write the trained network in another format."""
+
+
+@export.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@model_option
+@json_option
+def onnx(path: Path, model: Path, as_json: bool) -> None:
+    """Write the trained network as ONNX, once it agrees with PyTorch.
+
+    It takes `images` (N, 1, 28, 28) as float32, pixels scaled to 0..1, less `mean`, divided by `std`, both of which are
+    in the file's metadata, and gives `log_probabilities` (N, 10). Before it is written, ONNX Runtime reads all test
+    digits of data/raw with it, in batches of several sizes, as PyTorch does.
+    """
+    from dataclasses import asdict
+
+    from mnist_pipeline.data import load_digits
+    from mnist_pipeline.export import TOLERANCE, export_onnx
+
+    agreement = export_onnx(model, path, load_digits(RAW, "test"))
+    if as_json:
+        print(json.dumps({"path": str(path), **asdict(agreement), "tolerance": TOLERANCE}, indent=2))
+        return
+    print(
+        f"{path}: ONNX Runtime reads all {agreement.digits:,} test digits as PyTorch does, in batches of "
+        f"{', '.join(map(str, agreement.batch_sizes))}; log-probabilities differ by {agreement.largest_difference:.1e} "
+        f"at most ({TOLERANCE:.0e} is allowed)"
+    )
 
 
 def main() -> None:

@@ -28,12 +28,13 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_text, sha256
 from mnist_pipeline.model import count_parameters
 from mnist_pipeline.params import flatten
-from mnist_pipeline.paths import RAW
+from mnist_pipeline.paths import MODEL, RAW
 from mnist_pipeline.provenance import Provenance, environment, title, uncommitted
 from mnist_pipeline.training import EpochResult, Training
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # By default MLflow waits minutes for a server that does not answer. So a request is given up after 13 seconds, and a
 # stage, which may send one more to close what it began, loses less than 30.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
@@ -42,6 +43,7 @@ os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
 
 import mlflow  # reads the environment when it is imported
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking.context.registry import resolve_tags
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # of a failure, `tolerant` says all there is to say
@@ -50,6 +52,7 @@ logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 URI = "MLFLOW_TRACKING_URI"
 DATABASE = Path("mlflow.db")
 EXPERIMENT = "mnist"
+REGISTERED, CHAMPION = "mnist", "champion"  # models:/mnist@champion
 WORKSPACE_TAG = "workspace"
 EXPERIMENT_TAG = "dvc_experiment"
 MODEL_TAG = "model_sha256"  # a run that has it holds all of its training
@@ -431,3 +434,35 @@ def finished_runs(condition: str) -> list[dict[str, Any]]:
     """
     runs = Store().search(f"attributes.status = 'FINISHED' and {condition}")
     return [flatten({"params": run.data.params, "metrics": run.data.metrics}) for run in reversed(runs)]
+
+
+def fetch_champion(directory: Path) -> tuple[Path, str] | None:
+    """Bring the model file of `models:/mnist@champion` into a directory; return it and the version's name.
+
+    Return None where there is no store, which is not made then, or no champion in it. A store that fails, and a file
+    that is not the one its run trained, are told in one line.
+    """
+    if URI not in os.environ and not DATABASE.exists():
+        return None
+    try:
+        client = Store().client
+        if (champion := champion_of(client)) is None:
+            return None
+        run = client.get_run(champion.run_id or "")
+        file = Path(client.download_artifacts(run.info.run_id, str(MODEL), str(directory)))
+        if sha256(file) != run.data.tags.get(MODEL_TAG):
+            raise UserError(f"{MODEL} of run {run.info.run_id} is not the file that it trained")
+    except Exception as error:  # see `tolerant`
+        print(f"warning: MLflow at {address()} gives no champion ({explain(error)})", file=sys.stderr, flush=True)
+        return None
+    return file, f"models:/{REGISTERED}@{CHAMPION}, version {champion.version}"
+
+
+def champion_of(client: mlflow.MlflowClient) -> ModelVersion | None:
+    """Return the version of the registered model that bears the champion's alias, if one does."""
+    try:
+        return client.get_model_version_by_alias(REGISTERED, CHAMPION)
+    except mlflow.MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):  # no model, no alias
+            raise
+        return None
