@@ -101,14 +101,40 @@ class Params(Section):
     report: ReportParams
 
 
-def load_params(path: Path = PARAMS) -> Params:
-    """Read and check the params.
+def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
+    """Read and check the params, in place of some of which those of an overlay stand.
 
     Raises:
-        UserError: the file is absent, no YAML, or has a key or a value that does not belong there.
+        UserError: a file is absent, no YAML, or has a key or a value that does not belong there.
+    """
+    sections = read_sections(path)
+    if overlay:
+        sections = merge(sections, read_sections(overlay))
+    try:
+        return Params.model_validate(sections)
+    except ValidationError as error:
+        raise UserError(f"{overlay or path}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+def merge(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with others in their place."""
+    both = {key: (values[key], other) for key, other in others.items() if key in values}
+    nested = {
+        key: merge(value, other)
+        for key, (value, other) in both.items()
+        if isinstance(value, Mapping) and isinstance(other, Mapping)
+    }
+    return {**values, **others, **nested}
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """Read a YAML file of nested sections.
+
+    Raises:
+        UserError: it is absent, no YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is absent: restore it with `git checkout {path}`") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -121,10 +147,7 @@ def load_params(path: Path = PARAMS) -> Params:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `train:`, and holds {describe(content)}")
-    try:
-        return Params.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+    return content
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
