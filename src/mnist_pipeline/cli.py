@@ -50,6 +50,14 @@ def bench() -> None:
     main()
 
 
+@mnist.command()
+def dropout() -> None:
+    """Collect the runs of `make dropout`: reports/dropout.csv."""
+    from mnist_pipeline.dropout import main
+
+    main()
+
+
 @mnist.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
