@@ -24,6 +24,7 @@ PIPELINE = [
     "src",
     "stages",
 ]
+REPORTS = ["calibration.csv", "figures", "history.csv", "metrics.json", "predictions.csv", "report.html", "report.md"]
 
 
 @dataclass(frozen=True)

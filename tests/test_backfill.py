@@ -13,7 +13,7 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 from repository import Repository
-from test_tracking import EPOCHS, artifacts, files_in, points, tracking_alone
+from test_tracking import EPOCHS, TESTED, artifacts, files_in, points, tracking_alone
 
 from mnist_pipeline.backfill import backfill, main, missing
 from mnist_pipeline.data import load_digits
@@ -21,13 +21,14 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, write_csv, write_json, write_text
 from mnist_pipeline.model import build_model, save_model
 from mnist_pipeline.params import flatten, load_params
-from mnist_pipeline.paths import FIGURES, HISTORY, METRICS, MODEL, PREDICTIONS, RAW, REPORT
+from mnist_pipeline.paths import CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.tracking import Store
 
 DATA = Path(__file__).parent / "data"
 STAGES = ["train", "evaluate", "report"]
-OUTPUTS = {str(path) for path in (MODEL, HISTORY, METRICS, PREDICTIONS, REPORT, FIGURES / "curves.png")}
+MADE_UP = [PREDICTIONS, CALIBRATION, REPORT, PAGE, FIGURES / "curves.png"]
+OUTPUTS = {str(path) for path in [MODEL, HISTORY, METRICS, *MADE_UP]}
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +41,8 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
         params = load_params()
         save_model(build_model(params.model, seed=0), MODEL, params.model, params.data)
         write_csv(HISTORY, [result.row() for result in EPOCHS])
-        write_json(METRICS, {"test_accuracy": 0.985, "test_per_class_accuracy": {"3": 0.75}})
-        for path in (PREDICTIONS, REPORT, FIGURES / "curves.png"):
+        write_json(METRICS, TESTED)
+        for path in MADE_UP:
             write_text(path, "made up")
     return root
 
@@ -128,7 +129,7 @@ def test_the_run_has_every_epoch(story: Story) -> None:
 
 def test_the_run_has_the_test_metrics_and_the_parameter_count(story: Story) -> None:
     found = {name: value for name, value in story.run.data.metrics.items() if name not in EPOCHS[0].row()}
-    assert found == {"test_accuracy": 0.985, "test_per_class_accuracy.3": 0.75, "parameters": 19_210}
+    assert found == flatten(TESTED)
 
 
 def test_the_run_has_every_output_and_where_it_comes_from(story: Story, pipeline: Path) -> None:

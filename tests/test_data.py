@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mnist_pipeline.data import FILES, Digits, load_digits, load_training_data, split
+from mnist_pipeline.data import DISPUTED, FILES, Digits, load_digits, load_training_data, split
 from mnist_pipeline.download import mismatches, read_digests
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.params import Params
@@ -108,6 +108,29 @@ def test_the_digest_of_digits_is_that_of_their_bytes_in_the_files(small_data: Pa
 )
 def test_other_digits_have_another_digest(change: Callable[[Digits], Digits]) -> None:
     assert change(numbered(20)).sha256() != numbered(20).sha256()
+
+
+@pytest.fixture(scope="module")
+def mnist() -> Digits:
+    """MNIST's own test images, where the pipeline has fetched them."""
+    raw = Path(__file__).parents[1] / "data/raw"
+    if not raw.is_dir():
+        pytest.skip("data/raw is absent: `dvc repro download` makes it")
+    return load_digits(raw, "test")
+
+
+def test_the_disputed_labels_of_mnists_test_images_are_known(mnist: Digits) -> None:
+    assert mnist.disputed() == DISPUTED == sorted(set(DISPUTED))
+    assert mnist.labels[DISPUTED].tolist() == [8, 0, 9, 4, 2, 5, 6, 6, 5, 5, 0, 1, 4, 6, 5]
+
+
+def test_of_almost_all_of_them_no_label_is_disputed(mnist: Digits) -> None:
+    assert mnist[:9_999].disputed() == []
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_of_other_images_no_label_is_disputed(small_data: Path, part: str) -> None:
+    assert load_digits(small_data, part).disputed() == []
 
 
 def test_pixels_are_scaled_and_normalised(params: Params) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mnist_pipeline.data import load_digits
-from mnist_pipeline.evaluation import measure, predictions
+from mnist_pipeline.evaluation import calibration, calibration_error, measure, predictions
 from mnist_pipeline.inference import predict, score
 from mnist_pipeline.model import Net, build_model
 from mnist_pipeline.params import Params
@@ -58,6 +58,55 @@ def test_every_score_is_named_as_one_of_the_test_images(log_probabilities: Tenso
 def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities: Tensor) -> None:
     by_class = measure(log_probabilities, LABELS)["test_per_class_accuracy"]
     assert by_class == pytest.approx({str(digit): 1.0 for digit in range(10)} | {"3": 2 / 3, "4": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("disputed", "accuracy"), [((), 10 / 12), ((4,), 10 / 11), ((4, 11), 1), ((0, 1), 8 / 10), ((0, 4), 9 / 10)]
+)
+def test_disputed_images_are_left_out_of_the_undisputed_accuracy_alone(
+    log_probabilities: Tensor, disputed: tuple[int, ...], accuracy: float
+) -> None:
+    metrics = measure(log_probabilities, LABELS, disputed)
+    assert metrics["test_undisputed_accuracy"] == pytest.approx(accuracy)
+    others = {name: value for name, value in metrics.items() if name != "test_undisputed_accuracy"}
+    assert others == {name: value for name, value in measure(log_probabilities, LABELS).items() if name in others}
+
+
+def sure(*confidences: float) -> Tensor:
+    """Predict 0 with these probabilities, and nothing else as probably."""
+    return torch.tensor([[sure, *[(1 - sure) / 9] * 9] for sure in confidences], dtype=torch.float64).log()
+
+
+def test_the_calibration_has_a_row_for_each_bin_that_has_images() -> None:
+    labels = torch.tensor([0, 0, 1, 0, 1])
+    rows = calibration(sure(0.98, 0.5, 0.96, 0.94, 0.12), labels)
+    assert rows == [
+        {"images": 1, "confidence": pytest.approx(0.12), "accuracy": 0},
+        {"images": 1, "confidence": pytest.approx(0.5), "accuracy": 1},
+        {"images": 3, "confidence": pytest.approx(0.96), "accuracy": pytest.approx(2 / 3)},
+    ]
+
+
+def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy_over_images() -> None:
+    log_probabilities, labels = sure(0.98, 0.5, 0.96, 0.94, 0.12), torch.tensor([0, 0, 1, 0, 1])
+    error = (1 * 0.12 + 1 * 0.5 + 3 * (0.96 - 2 / 3)) / 5
+    assert calibration_error(calibration(log_probabilities, labels)) == pytest.approx(error)
+
+
+def test_the_calibration_error_is_among_the_metrics(log_probabilities: Tensor) -> None:
+    metrics = measure(log_probabilities, LABELS)
+    assert metrics["test_calibration_error"] == pytest.approx(0.91 - 10 / 12)  # all are in one bin
+
+
+def test_a_bin_reaches_from_above_its_lower_to_its_upper_end() -> None:
+    rows = calibration(sure(0.59, 0.6, 0.601, 0.66), torch.zeros(4, dtype=torch.int64))
+    assert [row["images"] for row in rows] == [2, 2]  # 8/15 to 9/15, and on to 10/15
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_probability_of_one_is_in_the_last_bin(right: bool) -> None:
+    rows = calibration(sure(1.0, 0.99), torch.tensor([0, 0]) if right else torch.tensor([1, 1]))
+    assert rows == [{"images": 2, "confidence": pytest.approx(0.995), "accuracy": right}]
 
 
 def test_each_image_has_a_row_in_file_order(log_probabilities: Tensor) -> None:

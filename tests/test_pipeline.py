@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from repository import Repository
+from repository import REPORTS, Repository
 
 pytestmark = pytest.mark.pipeline
 
@@ -86,7 +86,9 @@ def test_the_first_repro_runs_all_stages(story: dict[str, Step]) -> None:
         "reports/metrics.json",
         "reports/predictions.csv",
         "reports/report.md",
-        "reports/figures/learning_curves.png",
+        "reports/calibration.csv",
+        "reports/report.html",
+        "reports/figures/accuracy.png",
     ],
 )
 def test_the_outputs_are_there(story: dict[str, Step], path: str) -> None:
@@ -121,7 +123,7 @@ def test_the_run_has_the_reports(story: dict[str, Step], repository: Repository)
     [run] = story["first"].runs
     client = MlflowClient(tracking_uri=f"sqlite:///{repository.root / 'mlflow.db'}")
     assert {file.path for file in client.list_artifacts(run.info.run_id, "reports")} == {
-        f"reports/{name}" for name in ("figures", "history.csv", "metrics.json", "predictions.csv", "report.md")
+        f"reports/{name}" for name in REPORTS
     }
 
 
@@ -175,7 +177,7 @@ def test_dvc_shows_the_metrics(story: dict[str, Step]) -> None:
 def test_dvc_shows_the_plots(story: dict[str, Step], repository: Repository) -> None:
     assert "dvc_plots/index.html" in story["plots show"].said
     page = (repository.root / "dvc_plots/index.html").read_text(encoding="utf-8")
-    for title in ("Loss (nats an image)", "Accuracy", "Learning rate", "Confusion matrix of the test images"):
+    for title in ("Loss", "Accuracy", "Reliability", "Learning rate", "Mistakes on the test images"):
         assert title in page
 
 

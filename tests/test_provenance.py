@@ -1,5 +1,6 @@
 """A fingerprint stands for all that a stage reads, and for nothing else; the commit is named as git knows it."""
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mnist_pipeline.files import sha256
-from mnist_pipeline.provenance import clean_environment, commit, environment, trace, uncommitted
+from mnist_pipeline.provenance import TITLE_LENGTH, clean_environment, commit, environment, title, trace, uncommitted
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -131,15 +132,20 @@ def test_the_digest_of_an_input_is_that_of_the_file_or_of_the_directorys_list(re
     ("stage", "outputs", "metrics"),
     [
         ("train", ["models/model.safetensors", "reports/history.csv"], []),
-        ("evaluate", ["reports/metrics.json", "reports/predictions.csv"], ["reports/metrics.json"]),
-        ("report", ["reports/report.md", "reports/figures"], []),
+        (
+            "evaluate",
+            ["reports/calibration.csv", "reports/metrics.json", "reports/predictions.csv"],
+            ["reports/metrics.json"],
+        ),
+        ("report", ["reports/report.html", "reports/report.md", "reports/figures"], []),
     ],
 )
 def test_the_outputs_of_a_stage_are_those_that_it_declares(
     repository: Path, stage: str, outputs: list[str], metrics: list[str]
 ) -> None:
-    for name in ("models/model.safetensors", "reports/history.csv", "reports/metrics.json", "reports/predictions.csv"):
-        write(name)(repository)
+    written = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv")
+    for path in ("models/model.safetensors", *(f"reports/{name}" for name in written)):
+        write(path)(repository)
     assert (trace(stage).outputs, trace(stage).metrics) == (outputs, metrics)
 
 
@@ -184,6 +190,57 @@ def test_whatever_else_differs_from_the_commit_makes_the_tree_dirty(
 ) -> None:
     change(committed)
     assert commit()["git_dirty"] == "true"
+
+
+@pytest.mark.parametrize("commands", [[], [["init", "--quiet"]]], ids=["no repository", "no commit yet"])
+@pytest.mark.usefixtures("repository")
+def test_a_title_without_a_commit_says_so(commands: list[list[str]]) -> None:
+    for command in commands:
+        git(*command)
+    assert title() == "no commit"
+
+
+SEED = edit("params.yaml", "seed: 0", "seed: 1")
+EPOCHS = edit("params.yaml", "epochs: 14", "epochs: 5")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([], []),
+        ([write("models/model.safetensors"), write("reports/metrics.json"), write("dvc.lock")], []),
+        ([SEED], ["seed=1"]),
+        ([EPOCHS, SEED], ["seed=1", "train.epochs=5"]),
+        ([SEED, write("src/new.py")], ["seed=1"]),
+        ([write("src/new.py")], ["changed"]),
+        ([edit("params.yaml", "# adam, adamw or sgd", "# the optimizer")], ["changed"]),
+    ],
+    ids=["nothing", "outputs", "a param", "two params", "a param and a file", "a file", "a comment"],
+)
+def test_a_title_names_the_commit_and_what_differs_from_it(
+    committed: Path, changes: list[Callable[[Path], None]], expected: list[str]
+) -> None:
+    for change in changes:
+        change(committed)
+    assert title() == " ".join([git("rev-parse", "HEAD")[:7], *expected])
+
+
+@pytest.mark.parametrize("content", ["seed: [", "seed 0", ""], ids=["no YAML", "no mapping", "nothing"])
+def test_a_title_does_not_need_the_commits_params(committed: Path, content: str) -> None:
+    params = (committed / "params.yaml").read_text(encoding="utf-8")
+    (committed / "params.yaml").write_text(content)
+    git("commit", "--quiet", "--all", "--message", "Break")
+    (committed / "params.yaml").write_text(params, encoding="utf-8")
+    assert title() == f"{git('rev-parse', 'HEAD')[:7]} changed"
+
+
+def test_a_title_of_many_params_is_cut(committed: Path) -> None:
+    path = committed / "params.yaml"
+    path.write_text(
+        re.sub(r"(?m)^( *\w+: +\d+)(?=\s|$)", r"\g<1>1", path.read_text(encoding="utf-8")), encoding="utf-8"
+    )
+    assert title().endswith(" …")
+    assert len(title()) <= TITLE_LENGTH
 
 
 def test_the_patch_makes_the_edited_tree_of_the_commit(committed: Path) -> None:

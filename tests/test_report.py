@@ -1,22 +1,16 @@
 """The report: every table whole, every figure computed, the checklist evaluated on the run."""
 
 import re
-from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 
 import pytest
-import torch
+from made_up import DIGESTS, DIGITS, MISTAKES, MadeUpRun, params_with
 
-from mnist_pipeline.architecture import Layer, describe
-from mnist_pipeline.data import Digits, load_digits
-from mnist_pipeline.evaluation import measure, predictions
-from mnist_pipeline.files import write_csv, write_json
-from mnist_pipeline.model import build_model
-from mnist_pipeline.params import Params
-from mnist_pipeline.reporting import Results, draw_figures, load_results, render_report
+from mnist_pipeline import data
+from mnist_pipeline.data import DISPUTED, Digits
 
-MISTAKES = {30: (8, 0.6), 5: (3, 0.95), 100: (7, 0.8)}  # test image: what it is taken for, with what probability
+TEST = DIGITS["test"]
 REQUIREMENTS = [
     "Parameter constraint",
     "MNIST dataset",
@@ -29,56 +23,29 @@ REQUIREMENTS = [
 ]
 
 
-@pytest.fixture
-def training(small_data: Path) -> Digits:
-    return load_digits(small_data, "train")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
+    return MadeUpRun.create(tmp_path_factory.mktemp("run"))
 
 
-@pytest.fixture
-def test(small_data: Path) -> Digits:
-    return load_digits(small_data, "test")
+@pytest.fixture(scope="module")
+def report(run: MadeUpRun) -> str:
+    return run.report
 
 
-@pytest.fixture
-def layers(params: Params) -> list[Layer]:
-    return describe(build_model(params.model, seed=0))
+@pytest.fixture(scope="module")
+def as_many() -> dict[str, Digits]:
+    """As many images as MNIST has, each of a part the same."""
+    training = DIGITS["train"]
+    return {
+        "train": Digits(training.pixels[:1].expand(60_000, 28, 28), training.labels.repeat(200)),
+        "test": Digits(TEST.pixels[:1].expand(10_000, 28, 28), TEST.labels.repeat(50)),
+    }
 
 
-def results_of(
-    directory: Path, labels: torch.Tensor, mistakes: Mapping[int, tuple[int, float]], epochs: int = 3
-) -> Results:
-    """Write what the stages would of these mistakes, all else right with a probability of 0.91, and read it again."""
-    probabilities = torch.full((len(labels), 10), 0.01)
-    probabilities[range(len(labels)), labels] = 0.91
-    for index, (prediction, probability) in mistakes.items():
-        probabilities[index] = (1 - probability) / 9
-        probabilities[index, prediction] = probability
-    history = [
-        {
-            "epoch": epoch,
-            "learning_rate": 0.001 if epoch < 3 else 0.0005,
-            "train_loss": 0.5 / epoch,
-            "train_accuracy": 1 - 0.25 / epoch,
-            "monitor_loss": 0.4 / epoch,
-            "monitor_accuracy": 1 - 0.125 / epoch,
-        }
-        for epoch in range(1, epochs + 1)
-    ]
-    metrics = measure(probabilities.log(), labels) | {"parameters": 19_210, "model_bytes": 81_432}
-    write_csv(directory / "history.csv", history)
-    write_json(directory / "metrics.json", metrics)
-    write_csv(directory / "predictions.csv", predictions(probabilities.log(), labels))
-    return load_results(*(directory / name for name in ("history.csv", "metrics.json", "predictions.csv")))
-
-
-@pytest.fixture
-def results(tmp_path: Path, test: Digits) -> Results:
-    return results_of(tmp_path, test.labels, MISTAKES)
-
-
-@pytest.fixture
-def report(params: Params, training: Digits, test: Digits, layers: list[Layer], results: Results) -> str:
-    return render_report(params, training, test, layers, results)
+def one_off(*places: int, digits: Digits = TEST) -> dict[int, tuple[int, float]]:
+    """Take these images for the digit after theirs."""
+    return {place: (int(digits.labels[place] + 1) % 10, 0.9) for place in places}
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
@@ -91,13 +58,19 @@ def tables(markdown: str) -> list[list[list[str]]]:
     ]
 
 
+def table(markdown: str, *head: str) -> list[list[str]]:
+    """Return the rows of the table whose head begins with these cells, without it."""
+    [found] = [rows[2:] for rows in tables(markdown) if rows[0][: len(head)] == list(head)]
+    return found
+
+
 def rows(markdown: str) -> dict[str, list[str]]:
     """Return the rows of all tables by their first cells."""
     return {first: rest for table in tables(markdown) for first, *rest in table}
 
 
 def met(markdown: str) -> dict[str, bool]:
-    return {name: mark == "x" for mark, name in re.findall(r"^- \[([x ])\] \*\*(.+?)\*\*: \S", markdown, re.MULTILINE)}
+    return {name: {"yes": True, "**no**": False}[mark] for name, mark, _ in table(markdown, "Requirement")}
 
 
 def test_the_report_has_its_sections(report: str) -> None:
@@ -106,25 +79,28 @@ def test_the_report_has_its_sections(report: str) -> None:
         "Results",
         "Data",
         "Architecture",
-        "Configuration",
-        "Training log",
         "Learning curves",
+        "Training log",
         "Test performance",
+        "Calibration",
         "Misclassified digits",
+        "First-layer filters",
         "Requirements",
+        "Configuration",
+        "Digests",
     ]
 
 
 def test_all_rows_of_a_table_have_the_same_number_of_cells(report: str) -> None:
-    assert len(tables(report)) == 9
-    for table in tables(report):
-        assert {len(row) for row in table} == {len(table[0])}
-        assert all(re.fullmatch(":?---:?", cell) for cell in table[1])
+    assert len(tables(report)) == 13
+    for found in tables(report):
+        assert {len(row) for row in found} == {len(found[0])}
+        assert all(re.fullmatch(":?---:?", cell) for cell in found[1])
 
 
 def test_every_table_stands_apart_from_the_text(report: str) -> None:
     around = re.findall(r"(.*)\n((?:\|.*\n)+)(.*)", report)
-    assert len(around) == 9
+    assert len(around) == 13
     assert all(before == "" and after == "" for before, _, after in around)
 
 
@@ -139,22 +115,22 @@ def test_the_results_stand_beside_the_published_ones(report: str) -> None:
     assert found["Weights, 4 bytes each"] == ["75 KiB", "about 75 KB"]
 
 
-def test_a_validation_split_is_named_as_such(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], results: Results
-) -> None:
-    data = params.data.model_copy(update={"validation_size": 50})
-    found = rows(render_report(params.model_copy(update={"data": data}), training, test, layers, results))
+def test_a_validation_split_is_named_as_such(tmp_path: Path) -> None:
+    report = MadeUpRun.create(tmp_path, params=params_with("data", validation_size=50)).report
+    found = rows(report)
     assert found["of these held out for validation"] == ["50", "0"]
     assert found["Best validation accuracy"][0] == "95.83% (epoch 3)"
     assert "Validation accuracy" in found["Epoch"]
     assert "Final test accuracy" in found
+    assert "of the validation images, and of the test images as published" in report
+    assert "test images only monitor" not in report
 
 
-def test_the_data_are_counted(report: str, test: Digits) -> None:
+def test_the_data_are_counted(report: str) -> None:
     assert "| Training images | 300 | 60,000 |" in report
     assert "| Test images | 200 | 10,000 |" in report
     assert "| Training share of all images | 60.0% | 85.7% |" in report
-    assert f"| Test images | {' | '.join(str(int((test.labels == digit).sum())) for digit in range(10))} |" in report
+    assert f"| Test images | {' | '.join(str(int((TEST.labels == digit).sum())) for digit in range(10))} |" in report
 
 
 def test_the_layers_stand_with_their_parameters(report: str) -> None:
@@ -183,11 +159,15 @@ def test_every_param_is_listed(report: str) -> None:
     assert found["`report.gallery_size`"] == ["60"]
 
 
+def test_every_file_is_listed_with_its_digest(report: str) -> None:
+    assert table(report, "File") == [[f"`{path}`", f"`{digest}`"] for path, digest in DIGESTS.items()]
+
+
 def test_the_log_has_a_row_for_each_epoch(report: str) -> None:
-    [log] = [table for table in tables(report) if table[0][0] == "Epoch"]
-    assert [row[0] for row in log[2:]] == ["1", "2", "3"]
-    assert log[2][1:] == ["0.001", "0.5000", "75.00%", "0.4000", "87.50%", "0.0541", "98.26%"]
-    assert log[4][1] == "0.0005"
+    log = table(report, "Epoch")
+    assert [row[0] for row in log] == ["1", "2", "3"]
+    assert log[0][1:] == ["0.001", "0.5000", "75.00%", "0.4000", "87.50%", "0.0541", "98.26%"]
+    assert log[2][1] == "0.0005"
 
 
 def test_progress_is_told_by_learning_rate(report: str) -> None:
@@ -197,108 +177,121 @@ def test_progress_is_told_by_learning_rate(report: str) -> None:
     assert found["Loss reduction"] == ["66.7%", "68.6%"]
 
 
-def test_epochs_beyond_the_published_ones_stand_alone(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], tmp_path: Path
-) -> None:
-    markdown = render_report(params, training, test, layers, results_of(tmp_path, test.labels, MISTAKES, epochs=15))
-    assert rows(markdown)["14"][-2:] == ["0.0170", "99.43%"]
-    assert rows(markdown)["15"][-2:] == ["", ""]
-    assert met(markdown)["Fast training"] is False
+def test_epochs_beyond_the_published_ones_stand_alone(tmp_path: Path) -> None:
+    report = MadeUpRun.create(tmp_path, epochs=15).report
+    assert rows(report)["14"][-2:] == ["0.0170", "99.43%"]
+    assert rows(report)["15"][-2:] == ["", ""]
+    assert met(report)["Fast training"] is False
 
 
-def test_right_images_are_counted_by_class(report: str, test: Digits, results: Results) -> None:
-    [by_class] = [table for table in tables(report) if table[0] == ["Class", "Images", "Right", "Accuracy"]]
-    wrong = [int(test.labels[index]) for index in MISTAKES]
-    for digit, row in enumerate(by_class[2:12]):
-        images = int((test.labels == digit).sum())
+def test_right_images_are_counted_by_class(report: str) -> None:
+    by_class = table(report, "Class", "Images")
+    wrong = [int(TEST.labels[index]) for index in MISTAKES]
+    for digit, row in enumerate(by_class[:10]):
+        images = int((TEST.labels == digit).sum())
         right = images - wrong.count(digit)
         assert row == [str(digit), str(images), str(right), f"{right / images:.2%}"]
-    assert by_class[12] == ["**All**", "**200**", "**197**", "**98.50%**"]
+    assert by_class[10] == ["**All**", "**200**", "**197**", "**98.50%**"]
 
 
-def test_misclassified_images_come_by_confidence(results: Results) -> None:
-    assert [(row["index"], row["prediction"]) for row in results.misclassified] == [(5, 3), (100, 7), (30, 8)]
-    assert [row["probability"] for row in results.misclassified] == [0.95, 0.8, 0.6]
+def test_the_calibration_stands_bin_by_bin_with_its_error(report: str) -> None:
+    assert table(report, "Mean probability") == [
+        ["60.00%", "1", "0.00%"],
+        ["80.00%", "1", "0.00%"],
+        ["91.00%", "197", "100.00%"],
+        ["95.00%", "1", "0.00%"],
+    ]
+    error = (0.6 + 0.8 + 0.95 + 197 * 0.09) / 200
+    assert f"over 15 bins of equal width, is **{error:.2%}**" in report
 
 
-def test_misclassified_images_of_the_same_confidence_come_in_file_order(tmp_path: Path, test: Digits) -> None:
-    sure = {index: (int(test.labels[index] + 1) % 10, 0.9999999) for index in (150, 20, 70)}
-    assert [row["index"] for row in results_of(tmp_path, test.labels, sure).misclassified] == [20, 70, 150]
+def test_misclassified_images_come_by_confidence(run: MadeUpRun) -> None:
+    misclassified = run.results.misclassified
+    assert [(row["index"], row["prediction"]) for row in misclassified] == [(5, 3), (100, 7), (30, 8)]
+    assert [row["probability"] for row in misclassified] == [0.95, 0.8, 0.6]
 
 
-def test_the_confusion_matrix_counts_labels_by_prediction(results: Results, test: Digits) -> None:
-    assert results.confusion.sum() == 200
-    assert results.confusion.trace() == 197
+def test_misclassified_images_of_the_same_confidence_come_in_file_order(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path, one_off(150, 20, 70))
+    assert [row["index"] for row in run.results.misclassified] == [20, 70, 150]
+
+
+def test_a_misclassified_digit_is_shown_with_its_label_and_prediction(report: str) -> None:
+    label = int(TEST.labels[5])
+    assert table(report, "Digit")[0] == [
+        "![Test image 5](figures/misclassified/5.png)",
+        str(label),
+        "3",
+        "95.0%",
+        "",
+    ]
+
+
+def test_the_confusion_matrix_counts_labels_by_prediction(run: MadeUpRun) -> None:
+    confusion = run.results.confusion
+    assert confusion.sum() == 200
+    assert confusion.trace() == 197
     for index, (prediction, _) in MISTAKES.items():
-        assert results.confusion[test.labels[index], prediction] == 1
+        assert confusion[TEST.labels[index], prediction] == 1
 
 
-def test_the_most_frequent_confusion_is_named_first(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], tmp_path: Path
-) -> None:
-    fours = (test.labels == 4).nonzero().flatten()[:4].tolist()
-    two = int((test.labels == 2).nonzero()[0])
-    results = results_of(tmp_path, test.labels, dict.fromkeys(fours, (9, 0.9)) | {two: (7, 0.9)})
-    markdown = render_report(params, training, test, layers, results)
-    assert "Most frequent confusions: 4 taken for 9 (4×), 2 taken for 7 (1×)." in markdown
+def test_the_most_frequent_confusion_is_named_first(tmp_path: Path) -> None:
+    fours = (TEST.labels == 4).nonzero().flatten()[:4].tolist()
+    two = int((TEST.labels == 2).nonzero()[0])
+    report = MadeUpRun.create(tmp_path, dict.fromkeys(fours, (9, 0.9)) | {two: (7, 0.9)}).report
+    assert "Most frequent confusions: 4 taken for 9 (4×), 2 taken for 7 (1×)." in report
 
 
 @pytest.mark.parametrize(("gallery_size", "shown"), [(60, "all"), (3, "all"), (2, "the first 2")])
-def test_the_report_says_how_many_misclassified_digits_it_shows(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], results: Results, gallery_size: int, shown: str
+def test_the_report_says_how_many_misclassified_digits_it_shows(tmp_path: Path, gallery_size: int, shown: str) -> None:
+    report = MadeUpRun.create(tmp_path, params=params_with("report", gallery_size=gallery_size)).report
+    assert f"3 of 200 test images; {shown} of them here" in report
+    assert len(table(report, "Digit")) == min(gallery_size, 3)
+
+
+def test_the_images_whose_label_is_disputed_are_marked(
+    tmp_path: Path, as_many: dict[str, Digits], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gallery = params.report.model_copy(update={"gallery_size": gallery_size})
-    markdown = render_report(params.model_copy(update={"report": gallery}), training, test, layers, results)
-    assert f"3 of 200 test images; {shown} of them here" in markdown
+    test = as_many["test"]
+    monkeypatch.setattr(data, "TEST_SHA256", test.sha256())  # these pass for MNIST's own
+    mistakes = one_off(*DISPUTED, 0, 946, 948, digits=test)
+    report = MadeUpRun.create(tmp_path, mistakes, digits=as_many, disputed=test.disputed()).report
+    marks = {row[0]: row[-1] for row in table(report, "Digit")}
+    assert len(marks) == 18
+    marked = {image for image, mark in marks.items() if mark == "disputed label"}
+    assert marked == {f"![Test image {place}](figures/misclassified/{place}.png)" for place in DISPUTED}
+    assert {mark for image, mark in marks.items() if image not in marked} == {""}
+    assert "disputed the labels of 15 test images" in report
+    assert f"On the 9,985 others the accuracy is {9982 / 9985:.2%}." in report
 
 
-def test_a_run_like_the_published_one_meets_every_requirement(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], tmp_path: Path
-) -> None:
-    all_training = Digits(training.pixels[:1].expand(60_000, 28, 28), training.labels.repeat(200))
-    all_test = Digits(test.pixels[:1].expand(10_000, 28, 28), test.labels.repeat(50))
-    mistakes = {index: (int(all_test.labels[index] + 1) % 10, 0.9) for index in range(57)}
-    results = results_of(tmp_path, all_test.labels, mistakes, epochs=14)
-    markdown = render_report(params, all_training, all_test, layers, results)
-    assert met(markdown) == dict.fromkeys(REQUIREMENTS, True)
-    assert rows(markdown)["Misclassified test images"] == ["57 of 10,000", "57 of 10,000"]
-    assert rows(markdown)["Final test accuracy"] == ["99.43%", "99.43%"]
+def test_of_other_images_no_label_is_disputed(tmp_path: Path, as_many: dict[str, Digits]) -> None:
+    report = MadeUpRun.create(tmp_path, one_off(*DISPUTED, digits=as_many["test"]), digits=as_many).report
+    assert "disputed" not in report
 
 
-def test_a_run_of_few_images_and_many_mistakes_does_not_meet_theirs(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], tmp_path: Path
-) -> None:
-    mistakes = {index: (int(test.labels[index] + 1) % 10, 0.9) for index in range(20)}
-    markdown = render_report(params, training, test, layers, results_of(tmp_path, test.labels, mistakes))
+def test_a_run_like_the_published_one_meets_every_requirement(tmp_path: Path, as_many: dict[str, Digits]) -> None:
+    mistakes = one_off(*range(57), digits=as_many["test"])
+    report = MadeUpRun.create(tmp_path, mistakes, epochs=14, digits=as_many).report
+    assert met(report) == dict.fromkeys(REQUIREMENTS, True)
+    assert rows(report)["Misclassified test images"] == ["57 of 10,000", "57 of 10,000"]
+    assert rows(report)["Final test accuracy"] == ["99.43%", "99.43%"]
+
+
+def test_a_run_of_few_images_and_many_mistakes_does_not_meet_theirs(tmp_path: Path) -> None:
+    report = MadeUpRun.create(tmp_path, one_off(*range(20))).report
     unmet = {"MNIST dataset", "High performance", "Fast training"}
-    assert met(markdown) == {name: name not in unmet for name in REQUIREMENTS}
+    assert met(report) == {name: name not in unmet for name in REQUIREMENTS}
 
 
-def test_a_budget_that_the_network_exceeds_is_not_met(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], results: Results
-) -> None:
-    tight = params.model_copy(update={"model": params.model.model_copy(update={"parameter_budget": 19_210})})
-    assert met(render_report(tight, training, test, layers, results))["Parameter constraint"] is False
+def test_a_budget_that_the_network_exceeds_is_not_met(tmp_path: Path) -> None:
+    report = MadeUpRun.create(tmp_path, params=params_with("model", parameter_budget=19_210)).report
+    assert met(report)["Parameter constraint"] is False
 
 
-def test_every_figure_of_the_report_is_drawn_and_drawn_the_same_again(
-    params: Params, test: Digits, results: Results, report: str, tmp_path: Path
-) -> None:
-    for directory in ("figures", "again"):
-        draw_figures(tmp_path / directory, results, test, params)
-    drawn = {path.name: path.read_bytes() for path in (tmp_path / "figures").iterdir()}
-    assert {f"figures/{name}" for name in drawn} == set(re.findall(r"!\[.+\]\((.+)\)", report))
-    assert all(content.startswith(b"\x89PNG\r\n\x1a\n") for content in drawn.values())
-    assert {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()} == drawn
-
-
-def test_a_run_without_mistakes_is_reported(
-    params: Params, training: Digits, test: Digits, layers: list[Layer], tmp_path: Path
-) -> None:
-    results = results_of(tmp_path, test.labels, mistakes={}, epochs=1)
-    markdown = render_report(params, training, test, layers, results)
-    assert rows(markdown)["Misclassified test images"][0] == "0 of 200"
-    assert "0 of 200 test images; all of them here" in markdown
-    assert "Most frequent confusions" not in markdown
-    draw_figures(tmp_path / "figures", results, test, params)
-    assert len(list((tmp_path / "figures").glob("*.png"))) == 3
+def test_a_run_without_mistakes_is_reported(tmp_path: Path) -> None:
+    report = MadeUpRun.create(tmp_path, mistakes={}, epochs=1).report
+    assert rows(report)["Misclassified test images"][0] == "0 of 200"
+    assert "0 of 200 test images; all of them here" in report
+    assert "Most frequent confusions" not in report
+    assert table(report, "Mean probability") == [["91.00%", "200", "100.00%"]]

@@ -54,6 +54,12 @@ def closure(root: Path, script: Path) -> set[str]:
     return found
 
 
+def templates(file: Path) -> set[str]:
+    """Return the names of the templates that a module renders."""
+    texts = [node.value for node in nodes_of(file) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return {text for text in texts if text.endswith(".j2")}
+
+
 def used_files(root: Path, script: Path) -> set[str]:
     """Return the script, the modules that it imports, their templates, and the paths that it names."""
     modules = closure(root, script)
@@ -61,7 +67,11 @@ def used_files(root: Path, script: Path) -> set[str]:
     return {
         str(script.relative_to(root)),
         *(str(PACKAGE / f"{module}.py") for module in modules),
-        *([str(PACKAGE / "templates")] if "reporting" in modules else []),
+        *(
+            str(PACKAGE / "templates" / name)
+            for module in modules
+            for name in templates(root / PACKAGE / f"{module}.py")
+        ),
         *(path for name, path in ARTIFACTS.items() if name in names),
     }
 
@@ -149,7 +159,7 @@ def made_up(tmp_path: Path) -> Path:
         "b": "import mnist_pipeline.c as c\ng = c.h",
         "c": "import json\nh = json",
         "paths": "RAW = METRICS = 1",
-        "reporting": "from .c import h",
+        "reporting": "from .c import h\nrender('a.md.j2')",
         "unused": "",
     }
     (tmp_path / PACKAGE).mkdir(parents=True)
@@ -166,7 +176,7 @@ def made_up(tmp_path: Path) -> Path:
         ("import mnist_pipeline.c", ["c"], []),
         ("from mnist_pipeline import c", ["c"], []),
         ("def f():\n    from mnist_pipeline.a import f", ["a", "b", "c"], []),
-        ("from mnist_pipeline.reporting import h", ["c", "reporting"], ["src/mnist_pipeline/templates"]),
+        ("from mnist_pipeline.reporting import h", ["c", "reporting"], ["src/mnist_pipeline/templates/a.md.j2"]),
         ("from mnist_pipeline.paths import RAW, METRICS\nf(RAW, g(METRICS))", ["paths"], ["data/raw", paths.METRICS]),
         ("from mnist_pipeline import paths\npaths.MODEL.stat()", ["paths"], ["models/model.safetensors"]),
         ("from mnist_pipeline.paths import PARAMS\nPARAMS.stat()", ["paths"], []),

@@ -29,7 +29,7 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory, write_csv, write_json, write_text
 from mnist_pipeline.inference import Score, predict
 from mnist_pipeline.model import Net, build_model, load_model, save_model
-from mnist_pipeline.params import load_params
+from mnist_pipeline.params import flatten, load_params
 from mnist_pipeline.provenance import Provenance
 from mnist_pipeline.tracking import (
     MODEL_TAG,
@@ -42,8 +42,9 @@ from mnist_pipeline.tracking import (
 )
 from mnist_pipeline.training import EpochResult, Training, start_training
 
+ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
-PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
+PARAMS = load_params(ROOT / "params.yaml")
 MODEL = Path("models/model.safetensors")
 HISTORY = Path("reports/history.csv")
 METRICS = Path("reports/metrics.json")
@@ -69,6 +70,15 @@ EPOCHS = [
     EpochResult(1, 0.001, Score(0.5, 250, 300), Score(0.25, 190, 200), 0.0005),
     EpochResult(2, 0.0005, Score(0.25, 280, 300), Score(0.125, 195, 200), 0.0005),
 ]
+TESTED = {
+    "test_accuracy": 0.985,
+    "test_loss": 0.05,
+    "test_total": 200,
+    "test_misclassified": 3,
+    "test_calibration_error": 0.0125,
+    "test_per_class_accuracy": {"3": 0.75},
+    "parameters": 19_210,
+}
 FOREIGN = ("DVC_", "GIT_", "MLFLOW_EXPERIMENT", "MLFLOW_RUN", "MLFLOW_TRACKING", "MNIST_")
 
 
@@ -142,6 +152,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     """Work in a copy of a repository, as `dvc exp run --temp` does."""
     store, copy = Repository(tmp_path_factory.mktemp("root")), tmp_path_factory.mktemp("copy")
     (copy / "code.py").write_text("committed\n")
+    shutil.copy(ROOT / "params.yaml", copy)
     git(copy, "init", "--quiet")
     git(copy, "add", "--all")
     git(copy, "commit", "--quiet", "--message", "Begin")
@@ -158,7 +169,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
             tracked.log_model(training.model, MODEL, example=torch.randn(2, 1, 28, 28))
 
         (copy / "code.py").write_text("edited\n")
-        write_json(METRICS, {"test_accuracy": 0.985, "test_per_class_accuracy": {"3": 0.75}})
+        write_json(METRICS, TESTED)
         write_text(FIGURES / "curves.png", "made up")
         parts["test"] = load_digits(DATA, "test")
         Store().add_to_run_of(MODEL, EVALUATE, {"test": parts["test"]})
@@ -207,7 +218,7 @@ def test_a_run_has_the_parameter_count_and_how_long_an_epoch_took(scenario: Scen
 
 def test_later_stages_add_metrics_under_their_names_in_the_file(scenario: Scenario) -> None:
     found = {name: value for name, value in scenario.run.data.metrics.items() if name.startswith("test")}
-    assert found == {"test_accuracy": 0.985, "test_per_class_accuracy.3": 0.75}
+    assert found == {name: value for name, value in flatten(TESTED).items() if name != "parameters"}
 
 
 @pytest.mark.parametrize(
@@ -287,7 +298,7 @@ def test_a_model_that_no_run_trained_is_said_and_not_logged(scenario: Scenario) 
 
 def test_all_is_kept_at_the_root_that_dvc_names(scenario: Scenario) -> None:
     assert {path.name for path in scenario.store.root.iterdir()} - {"mlflow.db.lock"} == {"mlflow.db", "mlartifacts"}
-    assert {path.name for path in scenario.copy.iterdir()} == {".git", "code.py", "models", "reports"}
+    assert {path.name for path in scenario.copy.iterdir()} == {".git", "code.py", "params.yaml", "models", "reports"}
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
@@ -405,6 +416,16 @@ def test_a_model_belongs_to_the_newest_run_that_trained_it_and_in_an_experiment_
     assert (run and ids.index(run.id)) == found
 
 
+def test_a_run_bears_the_name_of_the_commit(scenario: Scenario) -> None:
+    assert scenario.run.info.run_name == git(scenario.copy, "rev-parse", "HEAD")[:7]
+
+
+def test_a_run_is_described_by_what_its_test_found(scenario: Scenario) -> None:
+    assert scenario.run.data.tags["mlflow.note.content"] == (
+        "**98.50%** of 200 test images right, 3 wrong. Loss 0.0500, calibration error 1.25%, 19,210 parameters."
+    )
+
+
 def test_a_run_bears_the_name_of_its_experiment(store: Repository) -> None:
     with mock.patch.dict(os.environ, DVC_EXP_NAME="trial"):
         Store().begin_run(TRAIN, {})
@@ -414,7 +435,7 @@ def test_a_run_bears_the_name_of_its_experiment(store: Repository) -> None:
 
 @pytest.mark.usefixtures("store")
 def test_a_run_has_a_later_stage_once_it_was_added_from_the_same_inputs() -> None:
-    write_json(METRICS, {"test_accuracy": 0.985})
+    write_json(METRICS, TESTED)
     write_text(FIGURES / "curves.png", "made up")
     run = Store().begin_run(TRAIN, {})
     assert not run.has(EVALUATE)
@@ -427,7 +448,7 @@ def test_a_run_has_a_later_stage_once_it_was_added_from_the_same_inputs() -> Non
 @pytest.mark.usefixtures("store")
 def test_a_stage_that_was_not_added_whole_is_missing() -> None:
     run = Store().begin_run(TRAIN, {})
-    write_json(METRICS, {"test_accuracy": 0.985})
+    write_json(METRICS, TESTED)
     with pytest.raises(FileNotFoundError):
         run.add(EVALUATE)  # there are no figures
     assert not run.has(EVALUATE)
@@ -526,7 +547,7 @@ def test_a_training_whose_run_cannot_begin_keeps_the_id_that_it_had(
     with training_run(TRAIN, {}, training_after(), interrupted) as tracked:
         tracked.log_epoch(EPOCHS[0])
     [line] = capsys.readouterr().err.splitlines()
-    assert "(file is not a database), so this training is not tracked" in line
+    assert "mlflow.db is no SQLite database: move it away, and a new one is made), so this training is not" in line
     assert tracked.id == interrupted
 
 
@@ -658,7 +679,7 @@ def test_what_stops_a_training_is_not_hidden_by_a_store_that_fails_too(
 
 
 def test_a_param_that_a_rerun_sets_back_is_not_contradicted_by_a_tag(store: Repository) -> None:
-    write_json(METRICS, {"test_accuracy": 0.985})
+    write_json(METRICS, TESTED)
     write_text(FIGURES / "curves.png", "made up")
     run = Store().begin_run(TRAIN, {})
     for size in (1000, 500, 1000):

@@ -86,12 +86,12 @@ def study(recipe: str, seeds: int, validation: bool) -> None:
 
 
 @mnist.command()
-@click.option("--host", default="127.0.0.1", help="Address to listen at.")
-@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option("--host", default="127.0.0.1", help="Where to listen.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any that is free.")
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help=f"Model file instead of MLflow's models:/mnist@champion or, where there is none, {MODEL}.",
+    help=f"The model's file, instead of MLflow's models:/mnist@champion or, where there is none, {MODEL}.",
 )
 def serve(host: str, port: int, model: Path | None) -> None:
     """Serve a page to draw a digit on, and its API."""

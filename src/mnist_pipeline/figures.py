@@ -77,12 +77,16 @@ def draw_learning_curve(history: Sequence[Row], quantity: str, monitor_name: str
     figures = {row["epoch"]: {name: row[name] for name in names if name in row} for row in history}
     for epoch, value in enumerate(published, 1):
         figures.setdefault(epoch, {})["published"] = value
-    epochs = [{"epoch": epoch, **values} for epoch, values in sorted(figures.items())]
     points = [
-        {"epoch": row["epoch"], "series": title, quantity: row[name]}
+        {"epoch": epoch, "series": title, quantity: values[name]}
         for name, title in names.items()
-        for row in epochs
-        if name in row
+        for epoch, values in sorted(figures.items())
+        if name in values
+    ]
+    number = ".4f" if quantity == "loss" else ".2%"
+    epochs = [  # what the tooltip says: an epoch that this run or the published one did not have is not mentioned
+        {"epoch": int(epoch)} | {title: format(values[name], number) for name, title in names.items() if name in values}
+        for epoch, values in sorted(figures.items())
     ]
     steps = [
         {"epoch": row["epoch"] - 0.5, "step": f"{before['learning_rate']:g} → {row['learning_rate']:g}"}
@@ -98,7 +102,7 @@ def draw_learning_curve(history: Sequence[Row], quantity: str, monitor_name: str
     x = alt.X(
         "epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, zero=False)
     )
-    shown = alt.selection_point(fields=["series"], bind="legend")
+    shown = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
     pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
     colours = alt.Scale(domain=list(names.values()), range=[TRAIN, MONITOR, PUBLISHED])
     curves = (
@@ -113,18 +117,10 @@ def draw_learning_curve(history: Sequence[Row], quantity: str, monitor_name: str
         )
         .add_params(shown)
     )
-    number = ".4f" if quantity == "loss" else ".2%"
     pointer = (
         alt.Chart(alt.Data(values=epochs))
-        .mark_rule()
-        .encode(
-            x=x,
-            opacity=alt.condition(pointed, alt.value(0.5), alt.value(0)),
-            tooltip=[
-                "epoch:Q",
-                *(alt.Tooltip(f"{name}:Q", title=title, format=number) for name, title in names.items()),
-            ],
-        )
+        .mark_rule(tooltip=alt.TooltipContent("data"))
+        .encode(x=x, opacity=alt.condition(pointed, alt.value(0.5), alt.value(0)))
         .add_params(pointed)
     )
     drops = alt.Chart(alt.Data(values=steps)).mark_rule(strokeDash=[2, 3], opacity=0.4)

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from mnist_pipeline.params import Params, flatten, load_params
 from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
+TITLE_LENGTH = 120  # characters; MLflow's tables hold 250
 NO_COMMIT = "none: not a commit of a git repository"
 
 
@@ -101,14 +103,19 @@ def title() -> str:
     found = commit()
     if found["git_commit"] == NO_COMMIT:
         return "no commit"
-    committed = yaml.safe_load(git("show", f"HEAD:./{PARAMS}")) or {}
-    known = flatten(committed)
-    changed = [
-        f"{key}={value}" for key, value in flatten(load_params().model_dump()).items() if known.get(key) != value
-    ]
+    params, known = flatten(load_params().model_dump()), committed_params()
+    changed = [f"{key}={value}" for key, value in params.items() if known.get(key, value) != value]
     if found["git_dirty"] == "true" and not changed:
         changed = ["changed"]
-    return " ".join([found["git_commit"][:7], *changed])
+    return textwrap.shorten(" ".join([found["git_commit"][:7], *changed]), TITLE_LENGTH, placeholder=" …")
+
+
+def committed_params() -> dict[str, object]:
+    """Return the commit's params by their names, none where its file does not hold any."""
+    try:
+        return flatten(yaml.safe_load(git("show", f"HEAD:./{PARAMS}")))
+    except (yaml.YAMLError, AttributeError):
+        return {}
 
 
 def uncommitted() -> str:

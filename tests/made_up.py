@@ -1,0 +1,110 @@
+"""A run with given mistakes, and its report: what the stages would write of it, without a training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import full
+
+from mnist_pipeline.architecture import Layer, describe
+from mnist_pipeline.data import Digits, load_digits
+from mnist_pipeline.evaluation import calibration, measure, predictions
+from mnist_pipeline.figures import Chart
+from mnist_pipeline.files import write_csv, write_json, write_text
+from mnist_pipeline.model import Net, build_model
+from mnist_pipeline.page import render_page
+from mnist_pipeline.params import Params, load_params
+from mnist_pipeline.reporting import Results, draw_charts, load_results, render_report, write_figures
+
+DATA = Path(__file__).parent / "data"
+PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
+DIGITS = {part: load_digits(DATA, part) for part in ("train", "test")}
+MISTAKES = {30: (8, 0.6), 5: (3, 0.95), 100: (7, 0.8)}  # test image: what it is taken for, with what probability
+DIGESTS = {"data/raw/images": "1" * 64, "models/model.safetensors": "2" * 64}
+
+
+@dataclass(frozen=True)
+class MadeUpRun:
+    """The outputs of a run in a directory, and the report on it."""
+
+    directory: Path
+    params: Params
+    digits: Mapping[str, Digits]
+    results: Results
+
+    @classmethod
+    def create(
+        cls,
+        directory: Path,
+        mistakes: Mapping[int, tuple[int, float]] = MISTAKES,
+        epochs: int = 3,
+        digits: Mapping[str, Digits] = DIGITS,
+        params: Params = PARAMS,
+        disputed: Sequence[int] = (),
+    ) -> "MadeUpRun":
+        """Write what the stages would of these mistakes, all else right with a probability of 0.91, and read it."""
+        labels = digits["test"].labels
+        probabilities = full((len(labels), 10), 0.01)
+        probabilities[range(len(labels)), labels] = 0.91
+        for index, (prediction, probability) in mistakes.items():
+            probabilities[index] = (1 - probability) / 9
+            probabilities[index, prediction] = probability
+        history = [
+            {
+                "epoch": epoch,
+                "learning_rate": 0.001 if epoch < 3 else 0.0005,
+                "train_loss": 0.5 / epoch,
+                "train_accuracy": 1 - 0.25 / epoch,
+                "monitor_loss": 0.4 / epoch,
+                "monitor_accuracy": 1 - 0.125 / epoch,
+            }
+            for epoch in range(1, epochs + 1)
+        ]
+        found = probabilities.log()
+        metrics = measure(found, labels, disputed) | {"parameters": 19_210, "model_bytes": 81_432}
+        write_csv(directory / "history.csv", history)
+        write_json(directory / "metrics.json", metrics)
+        write_csv(directory / "predictions.csv", predictions(found, labels))
+        write_csv(directory / "calibration.csv", calibration(found, labels))
+        names = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv")
+        return cls(directory, params, digits, load_results(*(directory / name for name in names)))
+
+    @cached_property
+    def model(self) -> Net:
+        return build_model(PARAMS.model, seed=0)
+
+    @cached_property
+    def layers(self) -> list[Layer]:
+        return describe(self.model)
+
+    @cached_property
+    def charts(self) -> dict[str, Chart]:
+        return draw_charts(self.results, self.layers, self.model, self.params)
+
+    @cached_property
+    def report(self) -> str:
+        return render_report(self.params, self.digits, self.layers, self.results, DIGESTS)
+
+    @cached_property
+    def page(self) -> str:
+        self.write_figures("figures")
+        return render_page(self.report, self.directory, self.charts)
+
+    def write_figures(self, name: str) -> dict[str, bytes]:
+        """Write the figures into a directory of that name, and return its files' content by their paths in it."""
+        directory = self.directory / name
+        shown = self.results.misclassified[: self.params.report.gallery_size]
+        write_figures(directory, self.charts, self.digits["test"], shown)
+        files = [path for path in directory.rglob("*") if path.is_file()]
+        return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+    def write_page(self) -> Path:
+        """Write the page, and return its path."""
+        write_text(self.directory / "report.html", self.page)
+        return self.directory / "report.html"
+
+
+def params_with(section: str, **values: object) -> Params:
+    """Return the real params with other values in a section."""
+    return PARAMS.model_copy(update={section: getattr(PARAMS, section).model_copy(update=values)})
