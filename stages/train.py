@@ -30,8 +30,8 @@ def main() -> None:
             tracked.log_epoch(result)
             log.on_epoch(result)
         write_csv(HISTORY, [result.row() for result in training.history])
-        save_model(training.model, MODEL, params.model, params.data)
-        tracked.log_model(training.model, MODEL, example=monitor[0][:2])
+        save_model(training.network, MODEL, params.model, params.data)
+        tracked.log_model(training.network, MODEL, example=monitor[0][:2])
     checkpoint.remove()
 
 

@@ -20,6 +20,7 @@ PIPELINE = [
     ".gitignore",
     "Makefile",
     "dvc.yaml",
+    "experiments",
     "params.yaml",
     "src",
     "stages",

@@ -28,9 +28,10 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     return Checkpoint("f" * 64)
 
 
-def shrunk(params: Params, optimizer: str) -> TrainParams:
+def shrunk(params: Params, optimizer: str, averaging: float = 0.0) -> TrainParams:
     scheduler = params.train.scheduler.model_copy(update={"step_size": 2})
     update = {"epochs": 4, "batch_size": 64, "optimizer": optimizer, "scheduler": scheduler}
+    update["averaging"] = averaging
     return params.train.model_copy(update=update)
 
 
@@ -45,12 +46,12 @@ def run_epochs(training: Training, params: Params, train_params: TrainParams, ep
             break
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "averaging"), [("adam", 0.0), ("adamw", 0.9), ("sgd", 0.0)])
 @pytest.mark.parametrize("interrupted_after", [1, 2, 3])
 def test_a_training_that_goes_on_ends_like_one_that_was_never_interrupted(
-    params: Params, checkpoint: Checkpoint, optimizer: str, interrupted_after: int
+    params: Params, checkpoint: Checkpoint, optimizer: str, averaging: float, interrupted_after: int
 ) -> None:
-    train_params = shrunk(params, optimizer)
+    train_params = shrunk(params, optimizer, averaging)
     whole = start(params, train_params)
     run_epochs(whole, params, train_params, 4)
 
@@ -62,8 +63,9 @@ def test_a_training_that_goes_on_ends_like_one_that_was_never_interrupted(
     run_epochs(second, params, train_params, 4)
 
     assert second.history == whole.history
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(second.model.state_dict()[name], tensor), name
+    for found, expected in ((second.model, whole.model), (second.network, whole.network)):
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor), name
 
 
 def test_without_a_checkpoint_a_training_starts_anew(params: Params, checkpoint: Checkpoint) -> None:

@@ -24,7 +24,7 @@ def address(run: MadeUpRun) -> str:
 
 
 @pytest.fixture
-def report(page: Page, address: str) -> Page:  # noqa: F811 (the fixture)
+def report(page: Page, address: str) -> Page:
     page.set_viewport_size({"width": 1400, "height": 900})
     page.goto(address)
     expect(page.locator(".chart svg")).to_have_count(len(CHARTS))
@@ -32,7 +32,7 @@ def report(page: Page, address: str) -> Page:  # noqa: F811 (the fixture)
 
 
 @pytest.fixture
-def unscripted(browser: Browser, address: str) -> Iterator[Page]:  # noqa: F811 (the fixture)
+def unscripted(browser: Browser, address: str) -> Iterator[Page]:
     """Open the page in a browser that runs no JavaScript."""
     with browser.new_context(java_script_enabled=False, viewport={"width": 1400, "height": 900}) as context:
         opened = context.new_page()
@@ -59,7 +59,7 @@ def lines(report: Page, chart: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1400])
-def test_every_chart_is_drawn_on_any_screen(page: Page, address: str, width: int, scheme: str) -> None:  # noqa: F811
+def test_every_chart_is_drawn_on_any_screen(page: Page, address: str, width: int, scheme: str) -> None:
     page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
     page.set_viewport_size({"width": width, "height": 800})
     page.goto(address)

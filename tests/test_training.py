@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.inference import predict, score, set_up_torch
 from mnist_pipeline.model import Net, build_model
 from mnist_pipeline.params import Params, TrainParams
-from mnist_pipeline.training import EpochResult, seed_epoch, start_training
+from mnist_pipeline.training import EpochResult, learning_rate, seed_epoch, smoothed_loss, start_training
 from mnist_pipeline.training import train as train_on
 
 Part = tuple[Tensor, Tensor]
@@ -258,3 +258,80 @@ def test_a_row_names_what_history_and_tracking_show(params: Params, training: Pa
         "monitor_loss": result.monitor.loss,
         "monitor_accuracy": result.monitor.accuracy,
     }
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.1])
+def test_the_learning_rate_falls_in_steps_like_torchs(params: Params, gamma: float) -> None:
+    scheduler = params.train.scheduler.model_copy(update={"gamma": gamma})
+    train_params = params.train.model_copy(update={"scheduler": scheduler})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=train_params.learning_rate)
+    torchs = torch.optim.lr_scheduler.StepLR(optimizer, scheduler.step_size, gamma)
+    for epoch in range(train_params.epochs):
+        for progress in (epoch, epoch + 0.999):
+            assert learning_rate(train_params, progress) == pytest.approx(torchs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        torchs.step()
+
+
+def test_the_learning_rate_goes_through_one_cycle_like_torchs(params: Params) -> None:
+    scheduler = params.train.scheduler.model_copy(update={"kind": "one_cycle"})
+    train_params = params.train.model_copy(update={"scheduler": scheduler, "epochs": 10})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1)
+    steps = 1000
+    torchs = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, train_params.learning_rate, steps, pct_start=scheduler.warm_up, cycle_momentum=False
+    )
+    for step in range(steps):
+        found = learning_rate(train_params, 10 * step / steps)
+        assert found == pytest.approx(torchs.get_last_lr()[0], abs=train_params.learning_rate / 100)
+        optimizer.step()
+        if step < steps - 1:
+            torchs.step()
+    assert learning_rate(train_params, 10) == 0
+
+
+def test_the_averaged_network_is_the_moving_average_of_weights_and_statistics(
+    params: Params, training: Part, monitor: Part
+) -> None:
+    train_params = shrunk(params, averaging=0.75, batch_size=100)
+    run = start_training(build_model(params.model, 0), train_params)
+    seen = [weights_of(cast("Net", run.model)).clone()]
+    list(
+        train_on(
+            run, training, monitor, train_params, 0, lambda *_: seen.append(weights_of(cast("Net", run.model)).clone())
+        )
+    )
+    expected = seen[1]  # the first step's weights begin it
+    for weights in seen[2:]:
+        expected = 0.75 * expected + 0.25 * weights
+    found = weights_of(cast("Net", run.network))
+    counts = torch.cat(
+        [torch.full((tensor.numel(),), tensor.dtype == torch.int64) for tensor in run.model.state_dict().values()]
+    )
+    torch.testing.assert_close(found[~counts], expected[~counts])
+
+
+def test_the_averaged_network_is_what_the_monitor_scores(params: Params, training: Part, monitor: Part) -> None:
+    train_params = shrunk(params, averaging=0.9)
+    run = start_training(build_model(params.model, 0), train_params)
+    (result,) = train_on(run, training, monitor, train_params, 0)
+    assert result.monitor == score(predict(run.network, monitor[0], 1000), monitor[1])
+    assert result.monitor != score(predict(run.model, monitor[0], 1000), monitor[1])
+
+
+def test_label_smoothing_is_torchs(training: Part) -> None:
+    logits = torch.randn(len(training[1]), 10, generator=torch.Generator().manual_seed(0))
+    expected = F.cross_entropy(logits, training[1], label_smoothing=0.1)
+    torch.testing.assert_close(smoothed_loss(logits.log_softmax(dim=1), training[1], 0.1), expected)
+
+
+def test_the_last_epochs_are_clean(params: Params, training: Part, monitor: Part) -> None:
+    augmentation = params.train.augmentation.model_copy(update={"rotation": 20.0, "clean_epochs": 1})
+    train_params = shrunk(params, epochs=2, augmentation=augmentation, batch_size=len(training[0]))
+    model = build_model(params.model, 0)
+    batches = batches_of(model)
+    list(train(model, training, monitor, train_params, 0))
+    first, last = (batch.flatten(1).sum(dim=1).sort().values for batch in batches)
+    clean = training[0].flatten(1).sum(dim=1).sort().values
+    torch.testing.assert_close(last, clean)
+    assert not torch.allclose(first, clean)

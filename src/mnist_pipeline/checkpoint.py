@@ -31,12 +31,13 @@ class Checkpoint:
         """Write a training and the id of its MLflow run, if it has one, whole or not at all."""
         optimizer = training.optimizer.state_dict()
         tensors = {f"model/{name}": tensor for name, tensor in training.model.state_dict().items()}
+        if training.average:
+            tensors |= {f"average/{name}": tensor for name, tensor in training.average.state_dict().items()}
         for index, state in optimizer["state"].items():
             tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in state.items() if tensor is not None}
         description = {
             "run_id": run_id,
             "history": [asdict(result) for result in training.history],
-            "scheduler": training.scheduler.state_dict(),
             "param_groups": optimizer["param_groups"],
         }
         write_bytes(self.path, safetensors.torch.save(tensors, {DESCRIPTION: json.dumps(description)}))
@@ -55,17 +56,18 @@ class Checkpoint:
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             print(f"{self.path} is damaged and ignored: {' '.join(str(error).split())}")
             return None
-        weights: dict[str, Tensor] = {}
+        weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             match name.split("/"):
-                case ["model", key]:
-                    weights[key] = tensor
+                case ["model" | "average" as part, key]:
+                    weights[part][key] = tensor
                 case ["optimizer", index, key]:
                     state.setdefault(int(index), {})[key] = tensor
-        training.model.load_state_dict(weights)
+        training.model.load_state_dict(weights["model"])
+        if training.average:
+            training.average.load_state_dict(weights["average"])
         training.optimizer.load_state_dict({"state": state, "param_groups": description["param_groups"]})
-        training.scheduler.load_state_dict(description["scheduler"])
         for result in description["history"]:
             scores = {part: Score(**result[part]) for part in ("training", "monitor")}
             training.history.append(EpochResult(**result | scores))

@@ -53,9 +53,36 @@ def bench() -> None:
 @mnist.command()
 def dropout() -> None:
     """Collect the runs of `make dropout`: reports/dropout.csv."""
-    from mnist_pipeline.study import main
+    from mnist_pipeline.dropout import main
 
     main()
+
+
+@mnist.command(context_settings={"ignore_unknown_options": True})
+@click.argument("recipe")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def experiment(recipe: str, arguments: tuple[str, ...]) -> None:
+    """Run a recipe of experiments/ as an experiment of DVC.
+
+    Further arguments go to `dvc exp run`, such as --queue, --temp, --force or -S seed=1.
+    """
+    from mnist_pipeline.study import run_experiment
+
+    sys.exit(run_experiment(recipe, arguments))
+
+
+@mnist.command()
+@click.argument("recipe")
+@click.option("--seeds", default=10, type=click.IntRange(1), help="How many: 0, 1, 2, …")
+@click.option("--validation", is_flag=True, help="Score on 5,000 training images held out, not on the test images.")
+def study(recipe: str, seeds: int, validation: bool) -> None:
+    """Train a recipe from several seeds: reports/studies/RECIPE.csv.
+
+    RECIPE is one of experiments/, or `specification` for params.yaml as it is. A study that was killed goes on.
+    """
+    from mnist_pipeline.study import study
+
+    study(recipe, seeds, validation)
 
 
 @mnist.command()

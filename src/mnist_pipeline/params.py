@@ -45,10 +45,22 @@ class ModelParams(Section):
 
 
 class SchedulerParams(Section):
-    """`torch.optim.lr_scheduler.StepLR`: multiply the learning rate by `gamma` after every `step_size` epochs."""
+    """How the learning rate moves: down in steps, or up to its value and down to nothing in one cycle."""
 
+    kind: Literal["step", "one_cycle"]
     step_size: Count
     gamma: Annotated[float, Field(gt=0, le=1)]
+    warm_up: Probability
+
+
+class AugmentationParams(Section):
+    """How far training images are moved, at most, either way."""
+
+    rotation: Annotated[float, Field(ge=0, le=180)]
+    shift: Annotated[float, Field(ge=0, le=28)]
+    scale: Probability
+    shear: Probability
+    clean_epochs: Annotated[int, Field(ge=0)]
 
 
 class TrainParams(Section):
@@ -59,7 +71,10 @@ class TrainParams(Section):
     optimizer: Literal["adam", "adamw", "sgd"]
     learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Probability
+    averaging: Probability
     scheduler: SchedulerParams
+    augmentation: AugmentationParams
 
 
 class EvaluateParams(Section):
@@ -86,14 +101,40 @@ class Params(Section):
     report: ReportParams
 
 
-def load_params(path: Path = PARAMS) -> Params:
-    """Read and check the params.
+def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
+    """Read and check the params, in place of some of which those of an overlay stand.
 
     Raises:
-        UserError: the file is absent, no YAML, or has a key or a value that does not belong there.
+        UserError: a file is absent, no YAML, or has a key or a value that does not belong there.
+    """
+    sections = read_sections(path)
+    if overlay:
+        sections = merge(sections, read_sections(overlay))
+    try:
+        return Params.model_validate(sections)
+    except ValidationError as error:
+        raise UserError(f"{overlay or path}: " + "; ".join(map(explain, error.errors()))) from None
+
+
+def merge(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested values with others in their place."""
+    both = {key: (values[key], other) for key, other in others.items() if key in values}
+    nested = {
+        key: merge(value, other)
+        for key, (value, other) in both.items()
+        if isinstance(value, Mapping) and isinstance(other, Mapping)
+    }
+    return {**values, **others, **nested}
+
+
+def read_sections(path: Path) -> dict[str, Any]:
+    """Read a YAML file of nested sections.
+
+    Raises:
+        UserError: it is absent, no YAML, or holds something else.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is absent: restore it with `git checkout {path}`") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -106,10 +147,7 @@ def load_params(path: Path = PARAMS) -> Params:
         raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `train:`, and holds {describe(content)}")
-    try:
-        return Params.model_validate(content)
-    except ValidationError as error:
-        raise UserError(f"{path}: " + "; ".join(map(explain, error.errors()))) from None
+    return content
 
 
 def flatten(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
+EXPERIMENTS = Path("experiments")  # recipes, each an overlay of the params
 PIPELINE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
 
@@ -22,8 +23,9 @@ REPORT = REPORTS / "report.md"
 PAGE = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 
-# Written by `make dropout`, `make diff` and `make bench`, no outputs of a stage.
+# Written by `make dropout`, `mnist study`, `make diff` and `make bench`, no outputs of a stage.
 DROPOUT = REPORTS / "dropout.csv"
+STUDIES = REPORTS / "studies"
 DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"
 README = Path("README.md")

@@ -15,7 +15,7 @@ import yaml
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
-from mnist_pipeline.params import flatten, load_params
+from mnist_pipeline.params import Params, flatten, load_params
 from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
@@ -58,10 +58,13 @@ class Provenance:
         }
 
 
-def trace(stage: str) -> Provenance:
-    """Take the digests of what a stage reads, before it runs: DVC takes its own when it has ended (dvc#11058)."""
+def trace(stage: str, params: Params | None = None) -> Provenance:
+    """Take the digests of what a stage reads, before it runs: DVC takes its own when it has ended (dvc#11058).
+
+    The params are those of `params.yaml`, or others that it would run with.
+    """
     declared = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
-    params = load_params()
+    params = params or load_params()
     return Provenance(
         stage,
         declared["cmd"],

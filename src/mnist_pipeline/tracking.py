@@ -45,6 +45,7 @@ import mlflow  # reads the environment when it is imported
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # of a failure, `tolerant` says all there is to say
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
@@ -57,6 +58,7 @@ WORKSPACE_TAG = "workspace"
 EXPERIMENT_TAG = "dvc_experiment"
 MODEL_TAG = "model_sha256"  # a run that has it holds all of its training
 BACKFILLED_TAG = "backfilled"
+PARENT = "MNIST_PARENT_RUN"  # in the environment: the id of the run that a training is a part of
 NOTE_TAG = "mlflow.note.content"  # the interface shows it as the run's description
 DIGEST_LENGTH = 36  # characters, MLflow's limit for the digest of a dataset
 
@@ -204,7 +206,11 @@ class Store:
             self.experiment_id = self.experiment((root / "mlartifacts").as_uri() if self.embedded else None)
         # A training belongs to the experiment of DVC that it runs in, if to one, and to the place.
         self.name = os.environ.get("DVC_EXP_NAME")
-        self.origin = {EXPERIMENT_TAG: self.name, WORKSPACE_TAG: f"{platform.node()}:{root}"}
+        self.origin = {
+            EXPERIMENT_TAG: self.name,
+            WORKSPACE_TAG: f"{platform.node()}:{root}",
+            MLFLOW_PARENT_RUN_ID: os.environ.get(PARENT),
+        }
 
     def experiment(self, artifacts: str | None) -> str:
         """Return the id of MLflow's experiment, which is made, with its artifacts at a URI, where it is not there."""
@@ -359,6 +365,30 @@ def describe(metrics: Mapping[str, Any]) -> str:
         f"{metrics['test_misclassified']} wrong. Loss {metrics['test_loss']:.4f}, "
         f"calibration error {metrics['test_calibration_error']:.2%}, {metrics['parameters']:,} parameters."
     )
+
+
+@contextmanager
+def study_run(name: str) -> Iterator[str | None]:
+    """Give the id of the run that the trainings of a study belong to: the one that was interrupted, or a new one."""
+    run = None
+    with tolerant(name):
+        store = Store()
+        found = store.search(f"attributes.run_name = '{name}' and attributes.status != 'FINISHED'")
+        run = store.reopen(found[0].info.run_id) if found else None
+        if run is None:
+            created = store.client.create_run(store.experiment_id, run_name=name, tags=resolve_tags({"stage": "study"}))
+            run = TrackedRun(store.client, created.info.run_id)
+    status = "FAILED"
+    try:
+        yield run.id if run else None
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        with tolerant(name):
+            if run:
+                run.end(status)
 
 
 @contextmanager

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from mnist_pipeline.augmentation import augment
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.inference import Score, predict, score
 from mnist_pipeline.params import TrainParams
@@ -48,12 +50,20 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class Training:
-    """A training between two epochs: the next epoch depends on this, on the data, the params and the seed alone."""
+    """A training between two epochs: the next epoch depends on this, on the data, the params and the seed alone.
+
+    `average` is the exponential moving average of the model's weights and running statistics, where it is wanted.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
+    average: AveragedModel | None
     history: list[EpochResult]
+
+    @property
+    def network(self) -> nn.Module:
+        """What is tested and kept."""
+        return self.average.module if self.average else self.model
 
 
 def start_training(model: nn.Module, params: TrainParams) -> Training:
@@ -61,8 +71,27 @@ def start_training(model: nn.Module, params: TrainParams) -> Training:
     optimizer = OPTIMIZERS[params.optimizer](
         model.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, params.scheduler.step_size, params.scheduler.gamma)
-    return Training(model, optimizer, scheduler, history=[])
+    average = None
+    if params.averaging:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.averaging), use_buffers=True)
+    return Training(model, optimizer, average, history=[])
+
+
+def learning_rate(params: TrainParams, progress: float) -> float:
+    """Return the learning rate when `progress` of the epochs, whole ones and a share of the next, are behind.
+
+    Source: torch's StepLR; and OneCycleLR (Smith and Topin, arXiv:1708.07120), cosines from a 25th up to the highest
+    and down to next to nothing.
+    """
+    scheduler = params.scheduler
+    if scheduler.kind == "step":
+        return params.learning_rate * scheduler.gamma ** (int(progress) // scheduler.step_size)
+    warm_up = scheduler.warm_up * params.epochs
+    if progress < warm_up:
+        start, end, share = params.learning_rate / 25, params.learning_rate, progress / warm_up
+    else:
+        start, end, share = params.learning_rate, 0.0, (progress - warm_up) / (params.epochs - warm_up)
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
@@ -90,29 +119,33 @@ def train(
         UserError: a loss is not finite.
     """
     images, labels = digits
-    model, optimizer, scheduler = training.model, training.optimizer, training.scheduler
+    model, optimizer = training.model, training.optimizer
     for epoch in range(len(training.history) + 1, params.epochs + 1):
         seed_epoch(seed, epoch)
         model.train()
-        learning_rate = float(scheduler.get_last_lr()[0])
+        augmentation = params.augmentation if epoch <= params.epochs - params.augmentation.clean_epochs else None
         loss_sum = torch.zeros((), dtype=torch.float64, device=images.device)
         correct = torch.zeros((), dtype=torch.int64, device=images.device)
-        for number, batch in enumerate(torch.randperm(len(images)).to(images.device).split(params.batch_size)):
-            log_probabilities = model(images[batch])
-            loss = F.nll_loss(log_probabilities, labels[batch])
+        batches = torch.randperm(len(images)).to(images.device).split(params.batch_size)
+        for number, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(params, epoch - 1 + number / len(batches))
+            log_probabilities = model(augment(images[batch], augmentation) if augmentation else images[batch])
+            loss = smoothed_loss(log_probabilities, labels[batch], params.label_smoothing)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            if training.average:
+                training.average.update_parameters(model)
             loss_sum += loss.detach() * len(batch)
             correct += (log_probabilities.detach().argmax(dim=1) == labels[batch]).sum()
             on_batch(number, loss.detach())
-        scheduler.step()
         result = EpochResult(
             epoch,
-            learning_rate,
+            learning_rate(params, epoch - 1),
             Score(loss_sum.item() / len(images), int(correct), len(images)),
-            score(predict(model, monitor[0], MONITOR_BATCH_SIZE), monitor[1]),
-            float(scheduler.get_last_lr()[0]),
+            score(predict(training.network, monitor[0], MONITOR_BATCH_SIZE), monitor[1]),
+            learning_rate(params, epoch),
         )
         if not math.isfinite(result.training.loss + result.monitor.loss):
             raise UserError(
@@ -121,3 +154,12 @@ def train(
             )
         training.history.append(result)
         yield result
+
+
+def smoothed_loss(log_probabilities: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Return the cross-entropy, mean over images, with labels of which a share is spread evenly over all classes.
+
+    Source: Szegedy et al., arXiv:1512.00567.
+    """
+    loss = F.nll_loss(log_probabilities, labels)
+    return (1 - smoothing) * loss - smoothing * log_probabilities.mean() if smoothing else loss

@@ -1,0 +1,95 @@
+"""Recipes and studies: valid overlays, a row for each seed, and nothing trained twice."""
+
+import csv
+from pathlib import Path
+
+import pytest
+from repository import Repository
+
+from mnist_pipeline.errors import UserError
+from mnist_pipeline.model import Net, count_parameters
+from mnist_pipeline.params import load_params
+from mnist_pipeline.study import plan, recipe
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_changes_params_that_there_are_within_the_budget(name: str) -> None:
+    params = load_params(overlay=recipe(name))
+    assert params != load_params()
+    assert count_parameters(Net(params.model)) < params.model.parameter_budget
+
+
+def test_an_unknown_recipe_is_told_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=rf"experiments/worst.yaml is absent: the recipes are {', '.join(RECIPES)}"):
+        recipe("worst")
+
+
+def test_an_overlay_that_names_an_unknown_param_is_refused(tmp_path: Path) -> None:
+    overlay = tmp_path / "odd.yaml"
+    overlay.write_text("train:\n  epoch: 3\n")
+    with pytest.raises(UserError, match=r"odd.yaml: train.epoch is unknown: choose from epochs"):
+        load_params(overlay=overlay)
+
+
+def test_a_study_plans_seed_after_seed_of_one_thread() -> None:
+    plans = plan("specification", 3, validation=False)
+    assert [(params.seed, params.threads, params.data.validation_size) for params in plans] == [
+        (0, 1, 0),
+        (1, 1, 0),
+        (2, 1, 0),
+    ]
+    assert all(params.train == load_params().train for params in plans)
+
+
+def test_a_validation_study_holds_images_out() -> None:
+    assert {params.data.validation_size for params in plan("specification", 2, validation=True)} == {5000}
+
+
+@pytest.mark.pipeline
+def test_a_study_trains_each_seed_once(tmp_path: Path) -> None:
+    repository = Repository.create(tmp_path).init()
+    (tmp_path / "experiments/quick.yaml").write_text("train:\n  averaging: 0.9\n  augmentation:\n    rotation: 5.0\n")
+    assert repository.stage("download").returncode == 0
+    table = tmp_path / "reports/studies/quick.csv"
+
+    first = repository.run("mnist", "study", "quick", "--seeds", "2")
+    assert first.returncode == 0, first.stdout
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["seed"] for row in rows] == ["0", "1"]
+    assert "2 seeds, test_accuracy" in first.stdout
+    children = {run.info.run_name: run for run in repository.runs()}
+    parent = children.pop("study quick")
+    assert set(children) == {"quick-0", "quick-1"}
+    for row in rows:
+        run = children[f"quick-{row['seed']}"]
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.metrics["test_accuracy"] == float(row["test_accuracy"])
+        assert run.data.params["train.averaging"] == "0.9"
+        assert run.info.status == "FINISHED"
+    assert parent.info.status == "FINISHED"
+
+    before = table.read_bytes()
+    again = repository.run("mnist", "study", "quick", "--seeds", "2")
+    assert again.returncode == 0, again.stdout
+    assert table.read_bytes() == before
+    assert len([run for run in repository.runs() if run.info.run_name.startswith("quick")]) == 2
+
+
+@pytest.mark.pipeline
+def test_a_recipe_runs_as_an_experiment_of_dvc(tmp_path: Path) -> None:
+    repository = Repository.create(tmp_path).init()
+    (tmp_path / "experiments/quick.yaml").write_text("train:\n  learning_rate: 0.002\n")
+    said = repository.run("mnist", "experiment", "quick", "-S", "seed=4")
+    assert said.returncode == 0, said.stdout
+    (run,) = repository.runs()
+    assert run.info.run_name == "quick"
+    assert (run.data.params["train.learning_rate"], run.data.params["seed"]) == ("0.002", "4")
