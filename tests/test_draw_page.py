@@ -18,6 +18,8 @@ from mnist_pipeline.classifier import Classifier
 from mnist_pipeline.data import load_digits
 from mnist_pipeline.files import sha256
 
+pytestmark = pytest.mark.pipeline
+
 Pixels = NDArray[np.uint8]
 INVITATION = "Write one digit, as large as you like."
 

@@ -9,6 +9,8 @@ from browser import browser, page  # noqa: F401 (fixtures)
 from made_up import MISTAKES, MadeUpRun
 from playwright.sync_api import Browser, Locator, Page, expect
 
+pytestmark = pytest.mark.pipeline
+
 CHARTS = ["loss", "accuracy", "network", "filters", "confusion_matrix", "reliability"]
 A4 = 718  # pixels between the margins of a sheet
 

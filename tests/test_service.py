@@ -277,6 +277,7 @@ def started(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return line, address[0]
 
 
+@pytest.mark.pipeline
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_command_serves_until_it_is_interrupted(
     repository: Repository, three: bytes, number: signal.Signals
@@ -293,6 +294,7 @@ def test_the_command_serves_until_it_is_interrupted(
     assert not list(repository.root.glob("mlflow.db*"))
 
 
+@pytest.mark.pipeline
 def test_a_model_can_be_named(repository: Repository, tmp_path: Path) -> None:
     (repository.root / MODEL).rename(tmp_path / "other")
     process = repository.start("mnist", "serve", "--port", "0", "--model", str(tmp_path / "other"))
@@ -302,6 +304,7 @@ def test_a_model_can_be_named(repository: Repository, tmp_path: Path) -> None:
     assert process.wait(20) == 0
 
 
+@pytest.mark.pipeline
 def test_a_missing_model_is_told_in_one_line(repository: Repository) -> None:
     (repository.root / MODEL).unlink()
     served = repository.run("mnist", "serve", "--port", "0")
@@ -309,12 +312,14 @@ def test_a_missing_model_is_told_in_one_line(repository: Repository) -> None:
     assert served.stdout == f"error: {MODEL} is absent: `make repro` makes it, `dvc pull` brings it\n"
 
 
+@pytest.mark.pipeline
 def test_a_file_that_is_no_model_is_told_in_one_line(repository: Repository) -> None:
     served = repository.run("mnist", "serve", "--port", "0", "--model", "params.yaml")
     assert served.returncode == 1
     assert re.fullmatch(r"error: params\.yaml .*\n", served.stdout)
 
 
+@pytest.mark.pipeline
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
 def test_an_address_that_is_not_free_is_told_in_one_line(repository: Repository, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
