@@ -197,7 +197,8 @@ class Store:
         """
         root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
         self.database = root / DATABASE
-        self.embedded = os.environ.setdefault(URI, f"sqlite:///{self.database}") == f"sqlite:///{self.database}"
+        os.environ[URI] = os.environ.get(URI) or f"sqlite:///{self.database}"
+        self.embedded = os.environ[URI] == f"sqlite:///{self.database}"
         # Two processes that make the database's tables at once break each other (mlflow#6490).
         with FileLock(f"{self.database}.lock", timeout=20) if self.embedded else nullcontext():
             if self.embedded:
