@@ -136,7 +136,8 @@ def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
             print(f"{name}: {prediction.digit} ({prediction.probability:.1%})", flush=True)
     if as_json:
         print(json.dumps(answers, indent=2))
-    sys.exit(len(answers) < len(files))
+    if len(answers) < len(files):
+        sys.exit(1)
 
 
 @mnist.command()

@@ -23,6 +23,7 @@ BORDER = 0.85  # of the way from a picture's middle to its edge, beyond which th
 DARK = 16  # levels of 255 that a background's brightness is taken to be at least, nearly
 FAINTEST = 8  # levels of 255 by which ink differs from its background
 FAINT = 0.12  # of the strongest ink: the extent of a digit does not go by paler ink, such as the fringes of JPEG
+ROUNDING = 1e-5  # pixels, that a sum of floats may be off
 MARGIN = 0.1  # of a digit's size: what is further off is no part of it
 
 Array = NDArray[np.float32]
@@ -141,6 +142,7 @@ def find_ink(image: Image.Image) -> Array:
     ink *= gain(background, *ink.shape)
     while noise(ink) > peak / 20 and max(ink.shape) >= 2 * COARSE:
         ink = np.asarray(Image.fromarray(ink).reduce(2))
+    # Dust is pale where it is averaged, thin lines are less so; noise must not count, faint as the ink may be.
     digit = ink[around(coarse > max(peak / 3, min(5 * noise(coarse), peak / 2)), *ink.shape)]
     floor = max(0.5, min(5 * noise(ink), digit.max() / 2))  # less than half a level is but the rounding of floats
     return np.where(digit < floor, np.float32(0), digit)
@@ -187,21 +189,21 @@ def refit(terms: Array, values: Array, near: NDArray[np.bool_]) -> Array:
 
 
 def surface(coefficients: Array, height: int, width: int) -> Array:
-    """Return quadratic surfaces (…, height, width) of coefficients (…, 3, 3)."""
+    """Return biquadratic surfaces (…, height, width) of coefficients (…, 3, 3)."""
     values: Array = np.matmul(powers(height) @ coefficients, powers(width).T)
     return values
 
 
 def gain(background: Array, height: int, width: int) -> Array:
-    """Return by how much (height, width) to raise contrasts, which are fewer where the background is dark."""
+    """Return the factor (height, width) by which contrasts in the shade are raised: light multiplies paper and ink."""
     brightness = surface(background.mean(axis=0), height, width).clip(min=0) + DARK
     factor: Array = brightness.mean() / brightness
     return factor
 
 
-def powers(length: int) -> Array:
-    """Return 1, x and x² (length, 3) at the centres of pixels that divide the range from -1 to 1."""
-    x = (2 * np.arange(length, dtype=np.float32) + 1) / length - 1
+def powers(count: int) -> Array:
+    """Return 1, x and x² (count, 3) at the centres of pixels that divide the range from -1 to 1."""
+    x = (2 * np.arange(count, dtype=np.float32) + 1) / count - 1
     return np.stack([np.ones_like(x), x, x * x], axis=1)
 
 
@@ -241,9 +243,9 @@ def place(ink: Array) -> NDArray[np.uint8]:
     for axis, (start, stop) in enumerate(bounds):
         mass = ink.sum(axis=1 - axis, dtype=np.float64)
         centre = float(mass @ (np.arange(len(mass)) + 0.5)) / float(mass.sum())
-        # By whole pixels and, on MNIST's 70,000 images, 0 to 1 beyond the middle; 1e-5 is for the rounding of floats.
-        first = math.ceil(SIDE / 2 - scale * (centre - start) - 1e-5)
-        corner.append(start - min(max(first, 0), SIDE - math.ceil(scale * (stop - start))) / scale)
+        # By whole pixels, as in all of MNIST's 70,000 images, but two: 0 to 1 beyond the middle.
+        first = math.ceil(SIDE / 2 - scale * (centre - start) - ROUNDING)
+        corner.append(start - min(max(first, 0), SIDE - math.ceil(scale * (stop - start) - ROUNDING)) / scale)
     (top, left), side = corner, SIDE / scale
     y, x = math.floor(top), math.floor(left)
     square = Image.fromarray(ink).crop((x, y, math.ceil(left + side), math.ceil(top + side)))
