@@ -243,7 +243,7 @@ def place(ink: Array) -> NDArray[np.uint8]:
     for axis, (start, stop) in enumerate(bounds):
         mass = ink.sum(axis=1 - axis, dtype=np.float64)
         centre = float(mass @ (np.arange(len(mass)) + 0.5)) / float(mass.sum())
-        # By whole pixels, as in all of MNIST's 70,000 images, but two: 0 to 1 beyond the middle.
+        # By whole pixels, and 0 to 1 beyond the middle: as in all of MNIST's 70,000 images but two.
         first = math.ceil(SIDE / 2 - scale * (centre - start) - ROUNDING)
         corner.append(start - min(max(first, 0), SIDE - math.ceil(scale * (stop - start) - ROUNDING)) / scale)
     (top, left), side = corner, SIDE / scale
