@@ -52,7 +52,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
 
 
 @pytest.fixture
-def ui(browser: Browser) -> Iterator[Page]:  # noqa: F811 (the fixture)
+def ui(browser: Browser) -> Iterator[Page]:
     """Open an empty page; the test fails if it asks another machine for anything."""
     foreign: list[str] = []
     with browser.new_context(viewport={"width": 1400, "height": 1000}) as context:
