@@ -94,7 +94,7 @@ def test_it_says_what_was_compared(repository: Path, exported: Path, trained_mod
     result = mnist_export("model.onnx", "--model", trained_model)
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.startswith(
-        "model.onnx: ONNX Runtime reads all 200 test digits as PyTorch does, in batches of 1, 32, 1000; "
+        "model.onnx is written: ONNX Runtime reads all 200 test digits as PyTorch does, in batches of 1, 32, 1000; "
     )
     assert "(1e-04 is allowed)" in result.stdout
     assert (repository / "model.onnx").read_bytes() == exported.read_bytes()

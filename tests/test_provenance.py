@@ -116,8 +116,17 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "train.optimizer": "adam",
         "train.learning_rate": 0.001,
         "train.weight_decay": 0.0001,
+        "train.label_smoothing": 0.0,
+        "train.averaging": 0.0,
+        "train.scheduler.kind": "step",
         "train.scheduler.step_size": 5,
         "train.scheduler.gamma": 0.5,
+        "train.scheduler.warm_up": 0.3,
+        "train.augmentation.rotation": 0.0,
+        "train.augmentation.shift": 0.0,
+        "train.augmentation.scale": 0.0,
+        "train.augmentation.shear": 0.0,
+        "train.augmentation.clean_epochs": 0,
     }
 
 

@@ -133,7 +133,7 @@ def test_the_command_succeeds(story: Story, name: str) -> None:
 
 
 def test_two_commands_share_the_data_and_the_model(story: Story) -> None:
-    assert "6 files pushed" in story.said("push")  # the four of MNIST, their list, and the weights
+    assert "7 files pushed" in story.said("push")  # the four of MNIST, their list, the weights and the page
     assert re.findall(r"(?m)^A +(\S+)$", story.said("pull")) == ["data/raw/", "models/model.safetensors"]
 
 
@@ -201,7 +201,7 @@ def test_the_metrics_diff_names_what_changed_alone(story: Story) -> None:
     assert "parameters" not in shown
 
 
-@pytest.mark.parametrize("text", ["two-epochs", "one-epoch", "Loss (nats an image)", "Confusion matrix"])
+@pytest.mark.parametrize("text", ["two-epochs", "one-epoch", "Loss", "Accuracy", "Learning rate", "Mistakes", "Reliability"])
 def test_the_plots_diff_shows_both_commits(story: Story, text: str) -> None:
     assert "dvc_plots/index.html" in story.said("plots diff")
     assert text in story.notes["plots"]

@@ -111,7 +111,7 @@ SCHEMA = "the database's schema is not that of MLflow"
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "older": (with_schema("75868b020152"), SCHEMA),
     "newer": (with_schema("f" * 12), SCHEMA),
-    "text": (lambda database: database.write_text("no database " * 200), "file is not a database"),
+    "text": (lambda database: database.write_text("no database " * 200), "is no SQLite database: move it away"),
 }
 
 

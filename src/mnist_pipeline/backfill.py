@@ -29,6 +29,8 @@ def main() -> None:
             if subprocess.run(["dvc", "status", "--quiet"], check=False).returncode != 0:
                 raise UserError("the outputs are not those of the params and the code here (`dvc status`): `dvc repro`")
             backfill(store, stages)
+        else:
+            print(f"MLflow has all of the run of {MODEL}")
         close(store)
         store.touch()
 

@@ -222,7 +222,7 @@ def onnx(path: Path, model: Path, as_json: bool) -> None:
         print(json.dumps({"path": str(path), **asdict(agreement), "tolerance": TOLERANCE}, indent=2))
         return
     print(
-        f"{path}: ONNX Runtime reads all {agreement.digits:,} test digits as PyTorch does, in batches of "
+        f"{path} is written: ONNX Runtime reads all {agreement.digits:,} test digits as PyTorch does, in batches of "
         f"{', '.join(map(str, agreement.batch_sizes))}; log-probabilities differ by {agreement.largest_difference:.1e} "
         f"at most ({TOLERANCE:.0e} is allowed)"
     )
