@@ -2,7 +2,7 @@
 
 from mnist_pipeline.architecture import describe
 from mnist_pipeline.backfill import backfill, missing
-from mnist_pipeline.data import load_digits
+from mnist_pipeline.data import FILES, load_digits
 from mnist_pipeline.errors import run
 from mnist_pipeline.files import sha256, write_text
 from mnist_pipeline.model import load_model
@@ -23,7 +23,7 @@ def main() -> None:
     results = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION)
     charts = draw_charts(results, layers, model, params)
     write_figures(FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
-    digests = {str(path): sha256(path) for path in [*sorted(RAW.iterdir()), MODEL]}
+    digests = {str(path): sha256(path) for path in [*(RAW / file for file in FILES), MODEL]}
     report = render_report(params, digits, layers, results, digests)
     write_text(REPORT, report)
     write_text(PAGE, render_page(report, REPORT.parent, charts))

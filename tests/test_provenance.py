@@ -143,7 +143,7 @@ def test_the_digest_of_an_input_is_that_of_the_file_or_of_the_directorys_list(re
         ("train", ["models/model.safetensors", "reports/history.csv"], []),
         (
             "evaluate",
-            ["reports/calibration.csv", "reports/metrics.json", "reports/predictions.csv"],
+            ["reports/metrics.json", "reports/predictions.csv", "reports/calibration.csv"],
             ["reports/metrics.json"],
         ),
         ("report", ["reports/report.html", "reports/report.md", "reports/figures"], []),

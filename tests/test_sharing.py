@@ -134,7 +134,11 @@ def test_the_command_succeeds(story: Story, name: str) -> None:
 
 def test_two_commands_share_the_data_and_the_model(story: Story) -> None:
     assert "7 files pushed" in story.said("push")  # the four of MNIST, their list, the weights and the page
-    assert re.findall(r"(?m)^A +(\S+)$", story.said("pull")) == ["data/raw/", "models/model.safetensors"]
+    assert re.findall(r"(?m)^A +(\S+)$", story.said("pull")) == [
+        "data/raw/",
+        "models/model.safetensors",
+        "reports/report.html",
+    ]
 
 
 def test_a_clone_executes_nothing(story: Story) -> None:
@@ -201,7 +205,9 @@ def test_the_metrics_diff_names_what_changed_alone(story: Story) -> None:
     assert "parameters" not in shown
 
 
-@pytest.mark.parametrize("text", ["two-epochs", "one-epoch", "Loss", "Accuracy", "Learning rate", "Mistakes", "Reliability"])
+@pytest.mark.parametrize(
+    "text", ["two-epochs", "one-epoch", "Loss", "Accuracy", "Learning rate", "Mistakes", "Reliability"]
+)
 def test_the_plots_diff_shows_both_commits(story: Story, text: str) -> None:
     assert "dvc_plots/index.html" in story.said("plots diff")
     assert text in story.notes["plots"]

@@ -10,9 +10,8 @@ import textwrap
 
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import BENCH, CALIBRATION, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README, STUDIES
+from mnist_pipeline.paths import BENCH, CALIBRATION, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README
 from mnist_pipeline.reporting import compare, load_results
-from mnist_pipeline.study import plan, read_rows
 
 
 def main() -> None:
@@ -54,29 +53,6 @@ def results() -> str:
 def diff() -> str:
     """What DVC says of a shorter training beside the committed one."""
     return read_text(DIFF).strip()
-
-
-def studies() -> str:
-    """Each study of a recipe on the test images: how accurate its seeds are, beside its parameters and epochs."""
-    lines = []
-    for path in sorted(STUDIES.glob("*.csv")):
-        rows = read_rows(path)
-        if "test_accuracy" not in rows[0]:
-            continue  # a study on validation images
-        name, seeds = path.stem, len(rows)
-        epochs = plan(name, 1, validation=False)[0].train.epochs
-        accuracies = [float(row["test_accuracy"]) for row in rows]
-        undisputed = statistics.mean(float(row["test_undisputed_accuracy"]) for row in rows)
-        deviation = f"{100 * statistics.stdev(accuracies):.3f}" if seeds > 1 else "–"
-        cells = [
-            f"**{statistics.mean(accuracies):.3%}**",
-            deviation,
-            f"{min(accuracies):.2%}",
-            f"{max(accuracies):.2%}",
-        ]
-        lines.append([name, rows[0]["parameters"], str(epochs), str(seeds), *cells, f"{undisputed:.3%}"])
-    header = ["recipe", "parameters", "epochs", "seeds", "mean test accuracy", "standard deviation, points"]
-    return table([*header, "lowest", "highest", "mean, undisputed labels"], lines)
 
 
 def dropout() -> str:
