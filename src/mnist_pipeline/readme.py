@@ -24,7 +24,6 @@ def renew(readme: str) -> str:
     for name, part in {
         "results": results,
         "diff": diff,
-        "studies": studies,
         "dropout": dropout,
         "bench": bench,
     }.items():
