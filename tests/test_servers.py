@@ -189,7 +189,7 @@ def outputs(repository: Repository, *patterns: str) -> dict[str, bytes]:
 
 
 def all_outputs(repository: Repository) -> dict[str, bytes]:
-    return outputs(repository, "models/*.safetensors", "reports/**/*")
+    return outputs(repository, "models/*.safetensors", "reports/**/[!.]*")  # not what DVC has git ignore
 
 
 def outputs_of_training(repository: Repository) -> dict[str, bytes]:
