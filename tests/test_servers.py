@@ -304,7 +304,7 @@ def test_the_backfill_makes_the_run_that_a_server_missed(mended: Mended) -> None
 
 def test_a_second_backfill_adds_nothing(mended: Mended) -> None:
     assert mended.backfills[1].returncode == 0, mended.backfills[1].stdout
-    assert mended.backfills[1].stdout == ""
+    assert mended.backfills[1].stdout == "MLflow has all of the run of models/model.safetensors\n"
     assert [run.to_dictionary() for run in mended.runs[1]] == [run.to_dictionary() for run in mended.runs[0]]
 
 
