@@ -11,7 +11,7 @@ from mnist_pipeline.augmentation import augment
 from mnist_pipeline.data import load_digits
 from mnist_pipeline.params import AugmentationParams, Params
 
-OFF = AugmentationParams(rotation=0.0, shift=0.0, scale=0.0, shear=0.0, clean_epochs=0)
+OFF = AugmentationParams(rotation=0.0, shift=0.0, scale=0.0, shear=0.0, elastic=0.0, clean_epochs=0)
 
 
 @pytest.fixture

@@ -28,11 +28,10 @@ def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
     return Checkpoint("f" * 64)
 
 
-def shrunk(params: Params, optimizer: str, averaging: float = 0.0) -> TrainParams:
+def shrunk(params: Params, optimizer: str, **changes: object) -> TrainParams:
     scheduler = params.train.scheduler.model_copy(update={"step_size": 2})
     update = {"epochs": 4, "batch_size": 64, "optimizer": optimizer, "scheduler": scheduler}
-    update["averaging"] = averaging
-    return params.train.model_copy(update=update)
+    return params.train.model_copy(update=update | changes)
 
 
 def start(params: Params, train_params: TrainParams) -> Training:
@@ -46,12 +45,15 @@ def run_epochs(training: Training, params: Params, train_params: TrainParams, ep
             break
 
 
-@pytest.mark.parametrize(("optimizer", "averaging"), [("adam", 0.0), ("adamw", 0.9), ("sgd", 0.0)])
+@pytest.mark.parametrize(
+    ("optimizer", "changes"),
+    [("adam", {}), ("adamw", {"averaging": 0.9}), ("muon", {"averaging": 0.9, "precision": "bfloat16"}), ("sgd", {})],
+)
 @pytest.mark.parametrize("interrupted_after", [1, 2, 3])
 def test_a_training_that_goes_on_ends_like_one_that_was_never_interrupted(
-    params: Params, checkpoint: Checkpoint, optimizer: str, averaging: float, interrupted_after: int
+    params: Params, checkpoint: Checkpoint, optimizer: str, changes: dict[str, object], interrupted_after: int
 ) -> None:
-    train_params = shrunk(params, optimizer, averaging)
+    train_params = shrunk(params, optimizer, **changes)
     whole = start(params, train_params)
     run_epochs(whole, params, train_params, 4)
 

@@ -45,7 +45,10 @@ def refusal(path: Path) -> str:
 BAD_FILES = {
     # keys
     "unknown section": (changed("tune", "{}"), ["tune is unknown", "seed, threads, data, model, train"]),
-    "unknown key": (changed("train.momentum", "0.9"), ["train.momentum is unknown", "epochs, batch_size, optimizer"]),
+    "unknown key": (
+        changed("train.momentum", "0.9"),
+        ["train.momentum is unknown", "epochs, batch_size, precision, optimizer"],
+    ),
     "unknown nested key": (changed("train.scheduler.power", "2"), ["scheduler.power is unknown", "step_size, gamma"]),
     "key that is no text": (written(REAL + b"no: 2\n"), ["seed, threads, data, model, train"]),
     "key over two lines": (written(REAL + b'"two\\nlines": 2\n'), ["lines", "is unknown", "seed, threads"]),
@@ -69,7 +72,10 @@ BAD_FILES = {
     "float for an integer": (changed("train.batch_size", "129.0"), ["train.batch_size", "valid integer", "129.0"]),
     "fraction for an integer": (changed("seed", "0.5"), ["seed", "valid integer", "0.5"]),
     "nothing for an integer": (changed("threads", ""), ["threads", "valid integer", "is empty"]),
-    "null for a word": (changed("train.optimizer", "null"), ["train.optimizer", "'adam', 'adamw' or 'sgd'", "empty"]),
+    "null for a word": (
+        changed("train.optimizer", "null"),
+        ["train.optimizer", "'adam', 'adamw', 'muon' or 'sgd'", "empty"],
+    ),
     "list for a number": (changed("train.learning_rate", "[0.1]"), ["train.learning_rate", "valid number", "a list"]),
     "section for a number": (changed("data.mean", "{r: 0.1}"), ["data.mean", "valid number", "a section"]),
     "date for an integer": (changed("seed", "2026-01-01"), ["seed", "valid integer", "2026"]),
@@ -97,11 +103,14 @@ BAD_FILES = {
     "not a number": (changed("train.learning_rate", ".nan"), ["train.learning_rate", "finite number", "nan"]),
     "infinity": (changed("data.std", ".inf"), ["data.std", "finite number", "inf"]),
     "number beyond floats": (changed("train.learning_rate", "1.0e+999"), ["train.learning_rate", "finite number"]),
-    "unknown optimizer": (changed("train.optimizer", "lion"), ["train.optimizer", "'adam', 'adamw' or 'sgd'", "lion"]),
-    "optimizer in capitals": (changed("train.optimizer", "Adam"), ["train.optimizer", "'adamw' or 'sgd'", "'Adam'"]),
+    "unknown optimizer": (
+        changed("train.optimizer", "lion"),
+        ["train.optimizer", "'adam', 'adamw', 'muon' or 'sgd'", "lion"],
+    ),
+    "optimizer in capitals": (changed("train.optimizer", "Adam"), ["train.optimizer", "'muon' or 'sgd'", "'Adam'"]),
     "unknown dropout kind": (changed("model.dropout_kind", "2d"), ["model.dropout_kind", "'element' or 'channel'"]),
     # files
-    "tab": (written(REAL.replace(b"  epochs", b"\tepochs")), ["line 17", "not YAML", r"'\t'"]),
+    "tab": (written(REAL.replace(b"  epochs", b"\tepochs")), ["line 19", "not YAML", r"'\t'"]),
     "unclosed bracket": (changed("seed", "[0"), ["line", "not YAML", "']'"]),
     "wrong indentation": (written(REAL.replace(b"  epochs", b" epochs")), ["line", "not YAML"]),
     "lost colon": (written(REAL.replace(b"epochs:", b"epochs")), ["line", "not YAML"]),

@@ -87,7 +87,7 @@ def test_a_change_of_what_training_reads_changes_its_fingerprint(
     "change",
     [
         edit("params.yaml", "gallery_size: 60", "gallery_size: 6"),
-        edit("params.yaml", "# adam, adamw or sgd", "# the optimizer"),
+        edit("params.yaml", "# adam, adamw, muon or sgd", "# the optimizer"),
         edit("stages/report.py", "Write the report", "Write a report"),
         edit("src/mnist_pipeline/reporting.py", "The report", "A report"),
     ],
@@ -108,11 +108,14 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "data.validation_size": 0,
         "data.mean": 0.1307,
         "data.std": 0.3081,
+        "model.channels": [6, 10, 16, 18, 32, 24],
+        "model.bias": True,
         "model.dropout": 0.25,
         "model.dropout_kind": "element",
         "model.parameter_budget": 20000,
         "train.epochs": 14,
         "train.batch_size": 129,
+        "train.precision": "float32",
         "train.optimizer": "adam",
         "train.learning_rate": 0.001,
         "train.weight_decay": 0.0001,
@@ -126,6 +129,7 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "train.augmentation.shift": 0.0,
         "train.augmentation.scale": 0.0,
         "train.augmentation.shear": 0.0,
+        "train.augmentation.elastic": 0.0,
         "train.augmentation.clean_epochs": 0,
     }
 
@@ -222,7 +226,7 @@ EPOCHS = edit("params.yaml", "epochs: 14", "epochs: 5")
         ([EPOCHS, SEED], ["seed=1", "train.epochs=5"]),
         ([SEED, write("src/new.py")], ["seed=1"]),
         ([write("src/new.py")], ["changed"]),
-        ([edit("params.yaml", "# adam, adamw or sgd", "# the optimizer")], ["changed"]),
+        ([edit("params.yaml", "# adam, adamw, muon or sgd", "# the optimizer")], ["changed"]),
     ],
     ids=["nothing", "outputs", "a param", "two params", "a param and a file", "a file", "a comment"],
 )

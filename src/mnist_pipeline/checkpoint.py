@@ -29,17 +29,20 @@ class Checkpoint:
 
     def save(self, training: Training, run_id: str | None) -> None:
         """Write a training and the id of its MLflow run, if it has one, whole or not at all."""
-        optimizer = training.optimizer.state_dict()
+        optimizers = [optimizer.state_dict() for optimizer in training.optimizers]
         tensors = {f"model/{name}": tensor for name, tensor in training.model.state_dict().items()}
         if training.average:
             tensors |= {f"average/{name}": tensor for name, tensor in training.average.state_dict().items()}
-        for index, state in optimizer["state"].items():
-            tensors |= {f"optimizer/{index}/{name}": tensor for name, tensor in state.items() if tensor is not None}
+        for number, optimizer in enumerate(optimizers):
+            for index, state in optimizer["state"].items():
+                found = {name: tensor for name, tensor in state.items() if tensor is not None}
+                tensors |= {f"optimizer/{number}/{index}/{name}": tensor for name, tensor in found.items()}
         description = {
             "run_id": run_id,
             "history": [asdict(result) for result in training.history],
-            "param_groups": optimizer["param_groups"],
+            "param_groups": [optimizer["param_groups"] for optimizer in optimizers],
         }
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_bytes(self.path, safetensors.torch.save(tensors, {DESCRIPTION: json.dumps(description)}))
 
     def restore(self, training: Training) -> str | None:
@@ -57,17 +60,18 @@ class Checkpoint:
             print(f"{self.path} is damaged and ignored: {' '.join(str(error).split())}")
             return None
         weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
-        state: dict[int, dict[str, Tensor]] = {}
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in training.optimizers]
         for name, tensor in tensors.items():
             match name.split("/"):
                 case ["model" | "average" as part, key]:
                     weights[part][key] = tensor
-                case ["optimizer", index, key]:
-                    state.setdefault(int(index), {})[key] = tensor
+                case ["optimizer", number, index, key]:
+                    states[int(number)].setdefault(int(index), {})[key] = tensor
         training.model.load_state_dict(weights["model"])
         if training.average:
             training.average.load_state_dict(weights["average"])
-        training.optimizer.load_state_dict({"state": state, "param_groups": description["param_groups"]})
+        for optimizer, state, groups in zip(training.optimizers, states, description["param_groups"], strict=True):
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         for result in description["history"]:
             scores = {part: Score(**result[part]) for part in ("training", "monitor")}
             training.history.append(EpochResult(**result | scores))

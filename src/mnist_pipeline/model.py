@@ -1,4 +1,4 @@
-"""The network: 19,210 parameters in three blocks, and the file that carries it."""
+"""The network, 19,210 parameters in three blocks unless the params say otherwise, and the file that carries it."""
 
 import json
 from collections import OrderedDict
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_pipeline.data import CLASSES
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import write_bytes
 from mnist_pipeline.params import DataParams, ModelParams
@@ -25,17 +26,19 @@ class Net(nn.Module):
 
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
+        c1, c2, c3, c4, c5, c6 = params.channels
+        bias = params.bias
 
         def dropout() -> nn.Module:
             return DROPOUT[params.dropout_kind](params.dropout)
 
         self.block1 = nn.Sequential(
             OrderedDict(
-                conv1=nn.Conv2d(1, 6, 3, padding=1),
-                bn1=nn.BatchNorm2d(6),
+                conv1=nn.Conv2d(1, c1, 3, padding=1, bias=bias),
+                bn1=nn.BatchNorm2d(c1),
                 relu1=nn.ReLU(),
-                conv2=nn.Conv2d(6, 10, 3, padding=1),
-                bn2=nn.BatchNorm2d(10),
+                conv2=nn.Conv2d(c1, c2, 3, padding=1, bias=bias),
+                bn2=nn.BatchNorm2d(c2),
                 relu2=nn.ReLU(),
                 pool1=nn.MaxPool2d(2),
                 dropout1=dropout(),
@@ -43,11 +46,11 @@ class Net(nn.Module):
         )
         self.block2 = nn.Sequential(
             OrderedDict(
-                conv3=nn.Conv2d(10, 16, 3, padding=1),
-                bn3=nn.BatchNorm2d(16),
+                conv3=nn.Conv2d(c2, c3, 3, padding=1, bias=bias),
+                bn3=nn.BatchNorm2d(c3),
                 relu3=nn.ReLU(),
-                conv4=nn.Conv2d(16, 18, 3, padding=1),
-                bn4=nn.BatchNorm2d(18),
+                conv4=nn.Conv2d(c3, c4, 3, padding=1, bias=bias),
+                bn4=nn.BatchNorm2d(c4),
                 relu4=nn.ReLU(),
                 pool2=nn.MaxPool2d(2),
                 dropout2=dropout(),
@@ -55,13 +58,13 @@ class Net(nn.Module):
         )
         self.block3 = nn.Sequential(
             OrderedDict(
-                conv5=nn.Conv2d(18, 32, 3),
-                bn5=nn.BatchNorm2d(32),
+                conv5=nn.Conv2d(c4, c5, 3, bias=bias),
+                bn5=nn.BatchNorm2d(c5),
                 relu5=nn.ReLU(),
-                conv6=nn.Conv2d(32, 24, 3),
-                bn6=nn.BatchNorm2d(24),
+                conv6=nn.Conv2d(c5, c6, 3, bias=bias),
+                bn6=nn.BatchNorm2d(c6),
                 relu6=nn.ReLU(),
-                conv7=nn.Conv2d(24, 10, 3),
+                conv7=nn.Conv2d(c6, CLASSES, 3),
                 gap=nn.AdaptiveAvgPool2d(1),
                 flatten=nn.Flatten(),
             )

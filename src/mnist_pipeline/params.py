@@ -39,6 +39,8 @@ class DataParams(Section):
 class ModelParams(Section):
     """The network and the number of parameters that it stays under."""
 
+    channels: Annotated[list[Count], Field(min_length=6, max_length=6)]
+    bias: bool
     dropout: Probability
     dropout_kind: Literal["element", "channel"]
     parameter_budget: Count
@@ -60,6 +62,7 @@ class AugmentationParams(Section):
     shift: Annotated[float, Field(ge=0, le=28)]
     scale: Probability
     shear: Probability
+    elastic: Annotated[float, Field(ge=0, le=28)]
     clean_epochs: Annotated[int, Field(ge=0)]
 
 
@@ -68,7 +71,8 @@ class TrainParams(Section):
 
     epochs: Count
     batch_size: Count
-    optimizer: Literal["adam", "adamw", "sgd"]
+    precision: Literal["float32", "bfloat16"]
+    optimizer: Literal["adam", "adamw", "muon", "sgd"]
     learning_rate: Positive
     weight_decay: Annotated[float, Field(ge=0)]
     label_smoothing: Probability
