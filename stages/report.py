@@ -8,7 +8,7 @@ from mnist_pipeline.files import sha256, write_text
 from mnist_pipeline.model import load_model
 from mnist_pipeline.page import render_page
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT
+from mnist_pipeline.paths import CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT, STUDIES
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.reporting import draw_charts, load_results, render_report, write_figures
 from mnist_pipeline.tracking import Store, tolerant
@@ -20,7 +20,7 @@ def main() -> None:
     digits = {part: load_digits(RAW, part) for part in ("train", "test")}
     model = load_model(MODEL)
     layers = describe(model)
-    results = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION)
+    results = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, STUDIES)
     charts = draw_charts(results, layers, model, params)
     write_figures(FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
     digests = {str(path): sha256(path) for path in [*(RAW / file for file in FILES), MODEL]}

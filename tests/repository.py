@@ -21,6 +21,7 @@ PIPELINE = [
     "Makefile",
     "dvc.yaml",
     "experiments",
+    "reports/studies",
     "params.yaml",
     "src",
     "stages",

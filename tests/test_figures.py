@@ -12,7 +12,7 @@ from PIL import Image
 from mnist_pipeline.figures import Chart, draw_filters, draw_reliability
 
 TEST = DIGITS["test"]
-CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability"}
+CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "recipes"}
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from repository import Repository
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.model import Net, count_parameters
 from mnist_pipeline.params import load_params
-from mnist_pipeline.study import plan, recipe
+from mnist_pipeline.recipes import Study, load_studies, overlay_of, paired_p_value
+from mnist_pipeline.study import plan
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
@@ -22,14 +23,16 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_changes_params_that_there_are_within_the_budget(name: str) -> None:
-    params = load_params(overlay=recipe(name))
+    params = load_params(overlay=overlay_of(name))
     assert params != load_params()
     assert count_parameters(Net(params.model)) < params.model.parameter_budget
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=rf"experiments/worst.yaml is absent: the recipes are {', '.join(RECIPES)}"):
-        recipe("worst")
+    with pytest.raises(
+        UserError, match=rf"experiments/worst.yaml is absent: the recipes are specification, {', '.join(RECIPES)}"
+    ):
+        overlay_of("worst")
 
 
 def test_an_overlay_that_names_an_unknown_param_is_refused(tmp_path: Path) -> None:
@@ -51,6 +54,34 @@ def test_a_study_plans_seed_after_seed_of_one_thread() -> None:
 
 def test_a_validation_study_holds_images_out() -> None:
     assert {params.data.validation_size for params in plan("specification", 2, validation=True)} == {5000}
+
+
+def made_up(name: str, *accuracies: float) -> Study:
+    return Study(name, [{"seed": str(seed), "test_accuracy": str(value)} for seed, value in enumerate(accuracies)])
+
+
+def test_a_study_says_how_its_seeds_spread() -> None:
+    study = made_up("best", 0.995, 0.996, 0.997)
+    assert study.seeds == [0, 1, 2]
+    assert (study.mean("test_accuracy"), study.deviation("test_accuracy")) == pytest.approx((0.996, 0.001))
+    assert study.summary("test_accuracy") == (
+        "3 seeds, test_accuracy 99.600%, standard deviation 0.100 points, 99.50% to 99.70%"
+    )
+
+
+def test_two_studies_are_compared_seed_by_seed() -> None:
+    study = made_up("best", *(0.996 + seed / 1e5 for seed in range(10)))
+    worse = made_up("fast", *(0.995 + seed / 1e5 for seed in range(10)))
+    assert paired_p_value(study, worse) == pytest.approx(2 / 2**10)  # of all signs, all alike: either way
+    assert paired_p_value(study, made_up("fast", *(0.995 + seed / 1e5 for seed in range(3)))) == pytest.approx(2 / 2**3)
+    mixed = made_up("fast", *(0.996 + seed / 1e5 + (-1) ** seed / 1e4 for seed in range(10)))
+    assert paired_p_value(study, mixed) > 0.5
+
+
+def test_studies_on_held_out_images_are_not_among_those_that_were_tested(tmp_path: Path) -> None:
+    for name in ("best", "best-validation", "specification"):
+        (tmp_path / f"{name}.csv").write_text("seed,test_accuracy\n0,0.99\n")
+    assert [study.name for study in load_studies(tmp_path)] == ["specification", "best"]
 
 
 @pytest.mark.pipeline

@@ -241,6 +241,30 @@ def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
     return finished(alt.layer(maps, words).properties(width=WIDTH, height=top + 12))
 
 
+def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) -> Chart:
+    """Draw the accuracies of each recipe's seeds as points, their mean as a line, dashed the published one."""
+    points = [
+        {"recipe": name, "seed": seed, "accuracy": value}
+        for name, values in accuracies.items()
+        for seed, value in enumerate(values)
+    ]
+    lowest = min([published, *(point["accuracy"] for point in points)])
+    highest = max([published, *(point["accuracy"] for point in points)])
+    domain = [max(0, lowest - 0.0005), min(1, highest + 0.0005)]
+    x = alt.X("accuracy:Q", title="test accuracy", scale=alt.Scale(domain=domain), axis=alt.Axis(format=".2%"))
+    y = alt.Y("recipe:N", title=None, sort=list(accuracies))
+    base = alt.Chart(alt.Data(values=points)).encode(y=y)
+    seeds = base.mark_circle(size=70, color=MONITOR, opacity=0.5).encode(
+        x=x, tooltip=["recipe:N", "seed:Q", alt.Tooltip("accuracy:Q", format=".2%")]
+    )
+    means = base.mark_tick(thickness=3, size=28, color=ERROR).encode(
+        x=alt.X("mean(accuracy):Q"), tooltip=["recipe:N", alt.Tooltip("mean(accuracy):Q", format=".3%")]
+    )
+    line = alt.Chart(alt.Data(values=[{"accuracy": published, "text": "published"}])).encode(x=x)
+    layers = [line.mark_rule(strokeDash=[4, 3], color=PUBLISHED), seeds, means]
+    return finished(alt.layer(*layers).properties(width=WIDTH, height=44 * len(accuracies)))
+
+
 def draw_filters(weights: np.ndarray) -> Chart:
     """Draw the filters (N, height, width) of the first convolution, each in its own square."""
     count, height, width = weights.shape

@@ -10,7 +10,8 @@ import textwrap
 
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import BENCH, CALIBRATION, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README
+from mnist_pipeline.paths import BENCH, CALIBRATION, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README, STUDIES
+from mnist_pipeline.recipes import load_studies, tabulate
 from mnist_pipeline.reporting import compare, load_results
 
 
@@ -23,6 +24,7 @@ def renew(readme: str) -> str:
     """Return the README with the text between `<!-- name -->` and `<!-- /name -->` made again from the reports."""
     for name, part in {
         "results": results,
+        "recipes": recipes,
         "diff": diff,
         "dropout": dropout,
         "bench": bench,
@@ -38,7 +40,7 @@ def renew(readme: str) -> str:
 
 def results() -> str:
     """The main figures of the committed run beside the specification's, and how far they can be told apart."""
-    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION)
+    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, STUDIES)
     rows = compare(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)
@@ -47,6 +49,12 @@ def results() -> str:
         + f"\n\nAn accuracy of {accuracy:.2%} on {images:,} images has a standard error of {100 * error:.2f} points: "
         + f"two single runs\nless than {200 * math.sqrt(2) * error:.2f} points apart cannot be told apart."
     )
+
+
+def recipes() -> str:
+    """What the studies of recipes found."""
+    header, *rows = tabulate(load_studies())
+    return table(header, rows)
 
 
 def diff() -> str:

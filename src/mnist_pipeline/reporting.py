@@ -25,23 +25,30 @@ from mnist_pipeline.figures import (
     draw_learning_curve,
     draw_network,
     draw_reliability,
+    draw_studies,
     write_chart,
     write_digit,
 )
 from mnist_pipeline.files import read_csv, read_text
 from mnist_pipeline.params import Params, flatten
+from mnist_pipeline.recipes import Study, load_studies, tabulate
 
 Row = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Results:
-    """What the earlier stages wrote: rows for epochs, test images and bins of confidence, and the test metrics."""
+    """What there is to report.
+
+    The earlier stages wrote rows for epochs, test images and bins of confidence, and the test metrics; `mnist study`
+    the studies of recipes.
+    """
 
     history: list[Row]
     metrics: dict[str, Any]
     predictions: list[Row]
     calibration: list[Row]
+    studies: list[Study]
 
     @property
     def misclassified(self) -> list[Row]:
@@ -58,13 +65,19 @@ class Results:
         return counts
 
 
-def load_results(history: Path, metrics: Path, predictions: Path, calibration: Path) -> Results:
-    """Read what the earlier stages wrote.
+def load_results(history: Path, metrics: Path, predictions: Path, calibration: Path, studies: Path) -> Results:
+    """Read what the earlier stages and the studies wrote.
 
     Raises:
         UserError: a file is absent.
     """
-    return Results(read_csv(history), json.loads(read_text(metrics)), read_csv(predictions), read_csv(calibration))
+    return Results(
+        read_csv(history),
+        json.loads(read_text(metrics)),
+        read_csv(predictions),
+        read_csv(calibration),
+        load_studies(studies),
+    )
 
 
 @dataclass(frozen=True)
@@ -220,6 +233,7 @@ def draw_charts(results: Results, layers: Sequence[Layer], model: nn.Module, par
         "accuracy": [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT],
     }
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    studied = {study.name: study.values("test_accuracy") for study in results.studies}
     return {
         **{
             quantity: draw_learning_curve(results.history, quantity, params.data.monitor_name, values)
@@ -229,6 +243,7 @@ def draw_charts(results: Results, layers: Sequence[Layer], model: nn.Module, par
         "filters": draw_filters(first.weight.detach().numpy()[:, 0]),
         "confusion_matrix": draw_confusion_matrix(results.confusion),
         "reliability": draw_reliability(results.calibration),
+        **({"recipes": draw_studies(studied, published["accuracy"][-1])} if studied else {}),
     }
 
 
@@ -278,6 +293,7 @@ def render_report(
         channels=[1, *(layer.output_shape[0] for layer in layers if layer.kind == "Conv2d")],
         results=results,
         monitor=params.data.monitor_name,
+        recipes=tabulate(results.studies),
         comparisons=compare(results, params.data.monitor_name),
         progress=compare_progress(results.history),
         requirements=check_requirements(params, layers, results, len(training), len(test)),
