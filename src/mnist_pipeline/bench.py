@@ -1,64 +1,79 @@
-"""What an epoch costs beside the plain loop, what tracking adds, and the memory of a training (`make bench`)."""
+"""What training, testing and the pipeline around them cost, side by side (`make bench`)."""
 
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from mnist_pipeline.data import load_digits, load_training_data
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import write_json
-from mnist_pipeline.inference import set_up_torch
+from mnist_pipeline.inference import predict, set_up_torch
 from mnist_pipeline.model import build_model
 from mnist_pipeline.params import Params, load_params
 from mnist_pipeline.paths import BENCH, MODEL, PARAMS, RAW
 from mnist_pipeline.provenance import clean_environment
+from mnist_pipeline.recipes import overlay_of
 from mnist_pipeline.training import start_training, train
 
 ROUNDS = 3
 FEW = 1000  # images, so that what is not training shows
+SOME = 10_000  # images, over which to see how cost grows
+COMPARED = ["specification", "fast"]  # recipes, of which a whole training is timed
+STAGES = ["download", "train", "evaluate", "report"]
 
 
 def main() -> None:
-    """Time both loops in turn, A B A B, then trainings with and without tracking, and take a training's memory."""
+    """Measure it all, what is compared in turn, A B A B, and write the seconds as they were."""
     params = load_params()
     device = set_up_torch(params.threads)
-    loops: dict[str, Callable[[Params, torch.device], None]] = {"pipeline": pipeline_epoch, "plain": plain_epoch}
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    for _ in tqdm(range(ROUNDS), desc="Epochs of both loops", disable=None):
-        for name, epoch in loops.items():
+    loops: dict[str, Callable[[], object]] = {
+        "pipeline": lambda: pipeline_epoch(params, device),
+        "pipeline in bfloat16": lambda: pipeline_epoch(with_train(params, precision="bfloat16"), device),
+        "eager": lambda: eager_epoch(params, device),
+        "plain": lambda: plain_epoch(params, device),
+    }
+    found: dict[str, Any] = {
+        "epoch_seconds": in_turn("Epochs of all loops", loops),
+        "trainings": {name: whole_training(load_params(overlay=overlay_of(name)), device) for name in COMPARED},
+        "test_images_a_second": test_throughput(params, device),
+        "growth": growth(params, device),
+        "floor": floor(params, device),
+        "pipeline_seconds": in_turn("The pipeline's own overhead", overheads()),
+        "tracking_seconds": seconds_of_tracking(),
+        "train_peak_memory_mb": peak_memory_of_training(params),
+    }
+    write_json(BENCH, found)
+    print(f"{BENCH} is written: `make readme` carries it into the README")
+
+
+def in_turn(title: str, commands: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Return the seconds of each command, run in turn as many times as there are rounds."""
+    seconds: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in tqdm(range(ROUNDS), desc=title, disable=None):
+        for name, command in commands.items():
             start = time.perf_counter()
-            epoch(params, device)
+            command()
             seconds[name].append(time.perf_counter() - start)
-    ratios = [ours / plain for ours, plain in zip(seconds["pipeline"], seconds["plain"], strict=True)]
-    ratio = {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
-    tracking = seconds_of_tracking()
-    share = statistics.median(tracking) / (params.train.epochs * statistics.median(seconds["pipeline"]))
-    memory = peak_memory_of_training(params)
-    write_json(
-        BENCH,
-        {
-            "epoch_seconds": seconds,
-            "ratio": ratio,
-            "tracking_seconds": tracking,
-            "tracking_share": share,
-            "train_peak_memory_mb": memory,
-        },
-    )
-    print(f"An epoch takes {ratio['median']:.2f} of the plain loop's time")
-    print(f"Tracking and checkpoints add {share:.1%} to a training; the train stage peaks at {memory:.0f} MB")
+    return seconds
+
+
+def with_train(params: Params, **changes: object) -> Params:
+    """Return the params with other values in their section `train`."""
+    return params.model_copy(update={"train": params.train.model_copy(update=changes)})
 
 
 def pipeline_epoch(params: Params, device: torch.device) -> None:
@@ -67,6 +82,19 @@ def pipeline_epoch(params: Params, device: torch.device) -> None:
     model = build_model(params.model, params.seed).to(device)
     one_epoch = params.train.model_copy(update={"epochs": 1})
     list(train(start_training(model, one_epoch), training, test, one_epoch, params.seed))
+
+
+def eager_epoch(params: Params, device: torch.device) -> None:
+    """Do the same with nothing but torch: whole tensors, the optimizer, a mean of batch means."""
+    (images, labels), test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
+    model = build_model(params.model, params.seed).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), params.train.learning_rate, weight_decay=params.train.weight_decay)
+    model.train()
+    for batch in torch.randperm(len(images)).split(params.train.batch_size):
+        optimizer.zero_grad()
+        F.nll_loss(model(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    predict(model, test[0], params.evaluate.batch_size)
 
 
 def plain_epoch(params: Params, device: torch.device) -> None:
@@ -89,6 +117,83 @@ def plain_epoch(params: Params, device: torch.device) -> None:
     with torch.no_grad():
         for images, labels in DataLoader(test, params.evaluate.batch_size):
             F.nll_loss(model(images.to(device)), labels.to(device), reduction="sum").item()
+
+
+def whole_training(params: Params, device: torch.device) -> dict[str, Any]:
+    """Train by a recipe to its end; return the seconds and the test accuracy after each epoch."""
+    training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
+    start = time.perf_counter()
+    run = start_training(build_model(params.model, params.seed).to(device), params.train)
+    epochs = [
+        {"seconds": time.perf_counter() - start, "accuracy": result.monitor.accuracy}
+        for result in tqdm(
+            train(run, training, test, params.train, params.seed), desc="Whole trainings", leave=False, disable=None
+        )
+    ]
+    return {"seconds": epochs[-1]["seconds"], "epochs": epochs}
+
+
+def test_throughput(params: Params, device: torch.device) -> float:
+    """Return how many test images pass through the network in a second, the best of several times."""
+    images, _ = load_digits(RAW, "test").tensors(params.data, device)
+    model = build_model(params.model, params.seed).to(device)
+    seconds = in_turn("Testing", {"test": lambda: predict(model, images, params.evaluate.batch_size)})["test"]
+    return len(images) / min(seconds)
+
+
+def growth(params: Params, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return the seconds of an epoch on some images, and on others, with other batches and other widths."""
+
+    def seconds(images: int = SOME, batch_size: int = params.train.batch_size, widths: float = 1) -> float:
+        model_params = params.model.model_copy(
+            update={"channels": [round(widths * channels) for channels in params.model.channels]}
+        )
+        one_epoch = with_train(params, epochs=1, batch_size=batch_size).train
+        digits = load_digits(RAW, "train")[:images].tensors(params.data, device)
+        model = build_model(model_params.model_copy(update={"parameter_budget": 1_000_000}), params.seed).to(device)
+        training = start_training(model, one_epoch)
+        start = time.perf_counter()
+        list(train(training, digits, (digits[0][:1], digits[1][:1]), one_epoch, params.seed))
+        return time.perf_counter() - start
+
+    seconds(FEW)  # warms up
+    return {
+        "images": {f"{images:,}": seconds(images) for images in (SOME // 4, SOME // 2, SOME)},
+        "batch": {str(size): seconds(batch_size=size) for size in (32, 64, 128, 256, 512)},
+        "widths": {f"×{widths:g}": seconds(widths=widths) for widths in (0.5, 1, 2, 4)},
+    }
+
+
+def floor(params: Params, device: torch.device) -> dict[str, float]:
+    """Return the arithmetic of an epoch and how fast the processor multiplies large matrices, in operations a second.
+
+    An operation is an addition or a multiplication; a backward pass counts as torch counts it.
+    """
+    batch = torch.zeros(params.train.batch_size, 1, 28, 28, device=device)
+    model = build_model(params.model, params.seed).to(device)
+    with FlopCounterMode(display=False) as counter:
+        model(batch).sum().backward()
+    matrix = torch.ones(2048, 2048, device=device)
+    seconds = in_turn("Multiplying", {"product": lambda: matrix.matmul(matrix).sum().item()})["product"]
+    images = len(load_digits(RAW, "train"))
+    return {
+        "epoch_operations": counter.get_total_flops() / len(batch) * images,
+        "operations_a_second": 2 * len(matrix) ** 3 / min(seconds),
+    }
+
+
+def overheads() -> dict[str, Callable[[], object]]:
+    """Return what surrounds a training, to be timed: the start-up of each stage, and a repro with nothing to do."""
+
+    def run(*command: str) -> Callable[[], object]:
+        environment = clean_environment() | {"PYTHONPATH": "src"}
+        return lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+    imported = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='imported')"  # all that comes before `main`
+    return {
+        **{stage: run(sys.executable, "-c", imported, f"stages/{stage}.py") for stage in STAGES},
+        "dvc repro": run("dvc", "repro", "--quiet"),
+    }
 
 
 def seconds_of_tracking() -> list[float]:

@@ -248,9 +248,8 @@ def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) ->
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
-    lowest = min([published, *(point["accuracy"] for point in points)])
-    highest = max([published, *(point["accuracy"] for point in points)])
-    domain = [max(0, lowest - 0.0005), min(1, highest + 0.0005)]
+    shown = [published, *(value for values in accuracies.values() for value in values)]
+    domain = [max(0, min(shown) - 0.0005), min(1, max(shown) + 0.0005)]
     x = alt.X("accuracy:Q", title="test accuracy", scale=alt.Scale(domain=domain), axis=alt.Axis(format=".2%"))
     y = alt.Y("recipe:N", title=None, sort=list(accuracies))
     base = alt.Chart(alt.Data(values=points)).encode(y=y)

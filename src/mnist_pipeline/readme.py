@@ -8,6 +8,7 @@ import re
 import statistics
 import textwrap
 
+from mnist_pipeline import specification
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import BENCH, CALIBRATION, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README, STUDIES
@@ -88,17 +89,60 @@ def mean_validation(rows: list[dict[str, str]], kind: str) -> float:
 
 
 def bench() -> str:
-    """How an epoch compares with the plain loop, what tracking adds, and the memory of a training."""
+    """What training, testing and the pipeline around them cost, in ratios where they can be had."""
     measured = json.loads(read_text(BENCH))
-    ratio = measured["ratio"]
-    rounds = len(measured["epoch_seconds"]["plain"])
-    sentences = [
-        f"An epoch takes **{ratio['median']:.2f}** of the time of the plain loop (a `DataLoader` with torchvision's "
-        f"transforms; {ratio['min']:.2f} to {ratio['max']:.2f} over {rounds} rounds in turn).",
-        f"Tracking and checkpoints add **{measured['tracking_share']:.1%}** to a training, a new database included.",
-        f"The train stage peaks at **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory.",
+    epochs = {name: statistics.median(seconds) for name, seconds in measured["epoch_seconds"].items()}
+    of_plain = {name: ratios(measured["epoch_seconds"], name, "plain") for name in epochs}
+    rows = [
+        [f"An epoch: {name}", f"{seconds:.1f} s", f"{statistics.median(of_plain[name]):.2f}", spread(of_plain[name])]
+        for name, seconds in epochs.items()
     ]
-    return textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
+    trainings = {name: training["seconds"] for name, training in measured["trainings"].items()}
+    rows += [[f"A training: {name}", f"{seconds:.0f} s", "", ""] for name, seconds in trainings.items()]
+    rows += [
+        [f"Start-up of {name}" if name != "dvc repro" else "`dvc repro`, nothing to do", f"{seconds:.1f} s", "", ""]
+        for name, seconds in (
+            (name, statistics.median(rounds)) for name, rounds in measured["pipeline_seconds"].items()
+        )
+    ]
+    floor = measured["floor"]["epoch_operations"] / measured["floor"]["operations_a_second"]
+    tracking = statistics.median(measured["tracking_seconds"]) / trainings["specification"]
+    reached = {name: reaching(training["epochs"]) for name, training in measured["trainings"].items()}
+    growth = [
+        f"by {what}: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.items())
+        for what, found in measured["growth"].items()
+    ]
+    sentences = [
+        f"*fast* takes **{trainings['fast'] / trainings['specification']:.2f}** of the specification's time.",
+        *(f"Of seed 0, {name} {when}." for name, when in reached.items()),
+        f"An epoch is {measured['floor']['epoch_operations'] / 1e12:.2f}·10¹² operations, which this processor does in "
+        f"{floor:.1f} s where it multiplies large matrices: the floor is {floor / epochs['pipeline']:.2f} of an epoch.",
+        f"{measured['test_images_a_second']:,.0f} test images pass in a second.",
+        f"Tracking and checkpoints add **{tracking:.1%}** to a training, a new database included.",
+        f"The train stage peaks at **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory.",
+        f"An epoch of 10,000 images costs, {'; '.join(growth)}.",
+    ]
+    text = textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
+    return table(["", "median", "of the plain loop", "rounds in turn"], rows) + "\n\n" + text
+
+
+def ratios(seconds: dict[str, list[float]], name: str, other: str) -> list[float]:
+    """Return, round by round, what share one takes of another's time."""
+    return [ours / theirs for ours, theirs in zip(seconds[name], seconds[other], strict=True)]
+
+
+def spread(values: list[float]) -> str:
+    """Say between what values some lie."""
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def reaching(epochs: list[dict[str, float]]) -> str:
+    """Say when a training was as accurate as what the specification published."""
+    published = specification.TEST_CORRECT[-1] / specification.TEST_IMAGES
+    for number, epoch in enumerate(epochs, 1):
+        if epoch["accuracy"] >= published:
+            return f"reached {published:.2%} after epoch {number} and {epoch['seconds']:.0f} s"
+    return f"did not reach {published:.2%} and ended at {epochs[-1]['accuracy']:.2%}"
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
