@@ -45,7 +45,9 @@ def test_every_param_that_it_sets_is_in_the_params(params: Params) -> None:
 
 
 def test_its_tree_names_every_module() -> None:
+    package = ROOT / "src/mnist_pipeline"
     tree = README[README.index("params.yaml              ") : README.index("reports/                 ")]
-    named = set(re.findall(r"^    (\w+\.py) ", tree, flags=re.MULTILINE))
-    modules = {file.name for file in (ROOT / "src/mnist_pipeline").glob("*.py") if file.name != "__init__.py"}
-    assert named == modules
+    named = re.findall(r"^    (\w+(?:\.py|/)) ", tree, flags=re.MULTILINE)
+    modules = {f"{file.name}" for file in package.glob("*.py")} - {"__init__.py"}
+    packages = {f"{file.parent.name}/" for file in package.glob("*/__init__.py")}
+    assert sorted(named) == sorted(modules | packages)

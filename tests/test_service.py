@@ -30,7 +30,8 @@ from mnist_pipeline.data import Digits, load_digits
 from mnist_pipeline.files import sha256
 from mnist_pipeline.preprocessing import normalize, open_image
 from mnist_pipeline.service import LOOPBACK, MAX_BYTES, host_names, load_classifier
-from mnist_pipeline.tracking import MODEL_TAG, Store, fetch_champion
+from mnist_pipeline.tracking import MODEL_TAG, Store
+from mnist_pipeline.tracking.registry import fetch_champion
 
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]
 MODEL = Path("models/model.safetensors")
@@ -387,7 +388,7 @@ def test_a_champion_that_is_not_what_its_run_trained_is_not_served(
     beside(tmp_path, trained_model)
     promote(store, trained_model, "0" * 64)
     assert load_classifier(None)[1].source == str(MODEL)
-    assert re.fullmatch(r"warning: MLflow at sqlite:\S+ gives no champion \(.*\)\n", capsys.readouterr().err)
+    assert re.fullmatch(r"warning: .* is not the file .* the champion is not used\n", capsys.readouterr().err)
 
 
 def test_a_store_that_fails_costs_a_line(
@@ -396,7 +397,9 @@ def test_a_store_that_fails_costs_a_line(
     beside(tmp_path, trained_model)
     (tmp_path / "mlflow.db").write_text("no database")
     assert load_classifier(None)[1].source == str(MODEL)
-    assert re.fullmatch(r"warning: MLflow at sqlite:\S+ gives no champion \(.*\)\n", capsys.readouterr().err)
+    assert re.fullmatch(
+        r"warning: MLflow at sqlite:\S+ failed \(.*\), so the champion is not used\n", capsys.readouterr().err
+    )
 
 
 def test_without_a_store_none_is_made(tmp_path: Path) -> None:

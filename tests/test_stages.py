@@ -16,7 +16,7 @@ from mnist_pipeline.params import Params
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path("src/mnist_pipeline")
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-MODULES = sorted((ROOT / PACKAGE).glob("*.py"))
+MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "stages").glob("*.py"))
 SECTIONS = set(Params.model_fields)
 ARTIFACTS = {name: str(path) for name, path in vars(paths).items() if isinstance(path, Path)}
@@ -39,18 +39,35 @@ def imports(file: Path) -> set[str]:
     return names
 
 
-def imported_modules(file: Path) -> set[str]:
+def file_of(root: Path, module: str) -> Path:
+    """Return the file of a module, which is named as within the package."""
+    path = root / PACKAGE / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def name_of(root: Path, file: Path) -> str:
+    """Return the name within the package of a module's file."""
+    return ".".join(file.relative_to(root / PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_modules(root: Path, file: Path) -> set[str]:
     """Return the package's modules among what a file imports itself."""
-    return {name.split(".")[1] for name in imports(file) if name.startswith(f"{PACKAGE.name}.")}
+    found = set()
+    for name in imports(file):
+        package, *parts = name.split(".")
+        if package == PACKAGE.name:
+            modules = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]  # the last part may be a name
+            found.add(next(module for module in modules if file_of(root, module).is_file()))
+    return found
 
 
 def closure(root: Path, script: Path) -> set[str]:
-    """Return the package's modules that a script imports, itself or through others."""
-    found, waiting = set(), {"__init__"} | imported_modules(script)
+    """Return the package's modules that a script imports, itself or through others, and the packages they are in."""
+    found, waiting = set(), {"__init__"} | imported_modules(root, script)
     while waiting:
         name = waiting.pop()
         found.add(name)
-        waiting |= imported_modules(root / PACKAGE / f"{name}.py") - found
+        waiting |= ({name.rpartition(".")[0]} - {""} | imported_modules(root, file_of(root, name))) - found
     return found
 
 
@@ -66,12 +83,8 @@ def used_files(root: Path, script: Path) -> set[str]:
     names = {getattr(node, "id", getattr(node, "attr", None)) for node in nodes_of(script)}
     return {
         str(script.relative_to(root)),
-        *(str(PACKAGE / f"{module}.py") for module in modules),
-        *(
-            str(PACKAGE / "templates" / name)
-            for module in modules
-            for name in templates(root / PACKAGE / f"{module}.py")
-        ),
+        *(str(file_of(root, module).relative_to(root)) for module in modules),
+        *(str(PACKAGE / "templates" / name) for module in modules for name in templates(file_of(root, module))),
         *(path for name, path in ARTIFACTS.items() if name in names),
     }
 
@@ -130,9 +143,16 @@ def test_every_script_is_a_stage() -> None:
     assert sorted(script_of(stage) for stage in STAGES.values()) == SCRIPTS
 
 
-def test_one_module_alone_imports_mlflow() -> None:
-    using = [file.name for file in MODULES + SCRIPTS if any(re.match(r"mlflow\b", name) for name in imports(file))]
-    assert using == ["tracking.py"]
+def test_one_package_alone_imports_mlflow() -> None:
+    using = {
+        file.parent.name for file in MODULES + SCRIPTS if any(re.match(r"mlflow\b", name) for name in imports(file))
+    }
+    assert using == {"tracking"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_no_stage_knows_of_promotion(script: Path) -> None:
+    assert not {"gate", "promotion", "tracking.registry"} & closure(ROOT, script)
 
 
 @pytest.mark.parametrize("file", MODULES + SCRIPTS, ids=lambda file: f"{file.parent.name}/{file.name}")
@@ -141,7 +161,7 @@ def test_one_module_alone_names_paths(file: Path) -> None:
 
 
 def test_imports_run_one_way() -> None:
-    graph = {file.stem: imported_modules(file) for file in MODULES}
+    graph = {name_of(ROOT, file): imported_modules(ROOT, file) for file in MODULES}
     order = list(TopologicalSorter(graph).static_order())  # refuses a cycle
     assert order.index("params") < order.index("data") < order.index("reporting")
     assert order.index("params") < order.index("model") < order.index("reporting")
@@ -152,17 +172,23 @@ def test_imports_run_one_way() -> None:
 
 @pytest.fixture
 def made_up(tmp_path: Path) -> Path:
-    """Lay out a package in which `a` imports `b` within a function, and `b` imports `c`; none imports `unused`."""
+    """Lay out a package in which `a` imports `b` within a function, and `b` imports `c`; none imports `unused`.
+
+    In it is another, `d`, which imports its own `e`, which imports `c`.
+    """
     modules = {
         "__init__": "",
         "a": "def f():\n    from mnist_pipeline.b import g\n    return g",
         "b": "import mnist_pipeline.c as c\ng = c.h",
         "c": "import json\nh = json",
+        "d/__init__": "from mnist_pipeline.d.e import h",
+        "d/e": "from mnist_pipeline.c import h",
+        "d/unused": "",
         "paths": "RAW = METRICS = 1",
         "reporting": "from .c import h\nrender('a.md.j2')",
         "unused": "",
     }
-    (tmp_path / PACKAGE).mkdir(parents=True)
+    (tmp_path / PACKAGE / "d").mkdir(parents=True)
     (tmp_path / "stages").mkdir()
     for name, source in modules.items():
         (tmp_path / PACKAGE / f"{name}.py").write_text(source)
@@ -176,6 +202,9 @@ def made_up(tmp_path: Path) -> Path:
         ("import mnist_pipeline.c", ["c"], []),
         ("from mnist_pipeline import c", ["c"], []),
         ("def f():\n    from mnist_pipeline.a import f", ["a", "b", "c"], []),
+        ("from mnist_pipeline.d import h", ["c", "d/__init__", "d/e"], []),
+        ("from mnist_pipeline.d.unused import h", ["c", "d/__init__", "d/e", "d/unused"], []),
+        ("import mnist_pipeline.d.e", ["c", "d/__init__", "d/e"], []),
         ("from mnist_pipeline.reporting import h", ["c", "reporting"], ["src/mnist_pipeline/templates/a.md.j2"]),
         ("from mnist_pipeline.paths import RAW, METRICS\nf(RAW, g(METRICS))", ["paths"], ["data/raw", paths.METRICS]),
         ("from mnist_pipeline import paths\npaths.MODEL.stat()", ["paths"], ["models/model.safetensors"]),

@@ -101,6 +101,41 @@ def serve(host: str, port: int, model: Path | None) -> None:
 
 
 @mnist.command()
+@json_option
+def gate(as_json: bool) -> None:
+    """Judge the model here by the gate of params.yaml: exit code 0 if it passes, 1 if it fails.
+
+    Each rule is listed with its bound, what was found, and the verdict.
+    """
+    from mnist_pipeline.gate import judge, render
+
+    verdicts = judge()
+    passed = all(verdict.passed for verdict in verdicts)
+    if as_json:
+        print(json.dumps({"passed": passed, "rules": [vars(verdict) for verdict in verdicts]}, indent=2))
+    else:
+        print(render(verdicts))
+    sys.exit(not passed)
+
+
+@mnist.command()
+@click.option("--reason", default="", help="Why, for the record.", show_default=False)
+@click.option("--rollback", is_flag=True, help="Undo the last promotion: the previous champion is the champion again.")
+def promote(reason: str, rollback: bool) -> None:
+    """Make the model here MLflow's models:/mnist@champion, if the gate passes.
+
+    It becomes a version of the registered model and the challenger; when the gate passes, the champion, and the former
+    champion the previous one. If it fails, the exit code is 1. Each version's tags tell what became of it.
+    """
+    from mnist_pipeline import promotion
+
+    if rollback:
+        promotion.roll_back(reason)
+    else:
+        promotion.promote(reason)
+
+
+@mnist.command()
 def readme() -> None:
     """Carry the results of the last runs into README.md."""
     from mnist_pipeline.readme import main

@@ -13,6 +13,7 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.paths import PARAMS
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -93,6 +94,16 @@ class ReportParams(Section):
     gallery_size: Count
 
 
+class GateParams(Section):
+    """What a model must be to become the champion."""
+
+    lowest_accuracy: Share
+    largest_parameter_count: Count
+    largest_calibration_error: Share
+    margin: Share
+    changed_data: bool
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -103,6 +114,7 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     report: ReportParams
+    gate: GateParams
 
 
 def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:

@@ -206,7 +206,7 @@ def load_classifier(path: Path | None) -> tuple[Classifier, Model]:
     if path is not None:
         return load(path, str(path))
 
-    from mnist_pipeline.tracking import fetch_champion
+    from mnist_pipeline.tracking.registry import fetch_champion
 
     with TemporaryDirectory() as directory:
         if champion := fetch_champion(Path(directory)):
