@@ -185,7 +185,7 @@ def test_a_split_must_leave_images_to_train_on(size: int) -> None:
 
 
 def test_without_a_split_the_test_images_monitor(small_data: Path, params: Params) -> None:
-    parts = load_training_data(small_data, params.data, seed=0)
+    parts = load_training_data(small_data, small_data / "absent", params.data, seed=0)
     assert {use: len(digits) for use, digits in parts.items()} == {"train": 300, "monitor": 200}
     assert torch.equal(parts["monitor"].pixels, load_digits(small_data, "test").pixels)
     assert params.data.monitor_name == "Test"
@@ -195,7 +195,7 @@ def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, para
     for file in copy_of_data.glob("t10k-*"):
         file.unlink()
     data = params.data.model_copy(update={"validation_size": 50})
-    parts = load_training_data(copy_of_data, data, seed=0)
+    parts = load_training_data(copy_of_data, copy_of_data / "absent", data, seed=0)
     assert {use: len(digits) for use, digits in parts.items()} == {"train": 250, "monitor": 50}
     assert data.monitor_name == "Validation"
 

@@ -14,11 +14,13 @@ from test_tracking import tracking_alone
 
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.data import Digits, load_digits
-from mnist_pipeline.files import sha256, sha256_of_directory, write_json
+from mnist_pipeline.files import sha256, write_json
 from mnist_pipeline.gate import Candidate, Champion, NoChampion, Verdict, decide, look_up_champion, render
 from mnist_pipeline.inference import predict, score
 from mnist_pipeline.model import load_model
 from mnist_pipeline.params import GateParams, Params
+from mnist_pipeline.provenance import DATA as DATA_DIRECTORIES
+from mnist_pipeline.provenance import digest, sha256_of_data
 from mnist_pipeline.tracking import MODEL_TAG, Store, TrackedRun
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +213,7 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(DATA, tmp_path / "data/raw")
+    (tmp_path / "data/added").mkdir()
     write_json(tmp_path / "reports/metrics.json", METRICS)
     with tracking_alone(tmp_path):
         allow(lowest_accuracy="0.75", largest_calibration_error="0.125")
@@ -282,7 +285,8 @@ def test_the_data_is_the_whole_directorys(workspace: Path, store: Store, digits:
     crown(store, trained_model, digits)
     assert rows(gate().output)["data"] == ["the champion's", "other than version 1's", "**failed**"]
     [run] = store.search("tags.data_sha256 != ''")
-    store.client.set_tag(run.info.run_id, "data_sha256", sha256_of_directory(workspace / "data/raw"))
+    here = sha256_of_data({str(path): digest(path) for path in DATA_DIRECTORIES})
+    store.client.set_tag(run.info.run_id, "data_sha256", here)
     assert rows(gate().output)["data"] == ["the champion's", "version 1's", "passed"]
 
 

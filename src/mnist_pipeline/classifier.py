@@ -58,7 +58,7 @@ def read_normalization(path: Path) -> DataParams:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             description = json.loads(file.metadata()[DESCRIPTION])
-        return DataParams(validation_size=0, **description["normalization"])
+        return DataParams(validation_size=0, max_class_ratio=1.0, **description["normalization"])
     except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} does not say how to normalise images ({reason}): `dvc repro` makes it") from None

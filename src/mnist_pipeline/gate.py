@@ -17,7 +17,7 @@ from mnist_pipeline.files import read_text
 from mnist_pipeline.inference import predict, score
 from mnist_pipeline.params import GateParams, load_params
 from mnist_pipeline.paths import METRICS, RAW
-from mnist_pipeline.provenance import OUTPUTS, digest
+from mnist_pipeline.provenance import DATA, OUTPUTS, digest, sha256_of_data
 from mnist_pipeline.tracking.registry import Version, find_champion
 from mnist_pipeline.tracking.store import address
 
@@ -129,7 +129,7 @@ def look_at_candidate() -> Candidate:
             accuracy=float(metrics["test_accuracy"]),
             parameters=int(metrics["parameters"]),
             calibration_error=float(metrics["test_calibration_error"]),
-            data_sha256=digest(RAW),
+            data_sha256=sha256_of_data({str(path): digest(path) for path in DATA}),
             changed_files=differing(
                 ["git", "status", "--porcelain", "--", ".", *OUTPUTS],
                 lambda printed: [line[3:] for line in printed.splitlines()],

@@ -16,9 +16,10 @@ import yaml
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import Params, flatten, load_params
-from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, REPORTS
+from mnist_pipeline.paths import ADDED, LOCK, MODEL, PARAMS, PIPELINE, RAW, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
+DATA = [ADDED, RAW]  # the images
 TITLE_LENGTH = 120  # characters; MLflow's tables hold 250
 NO_COMMIT = "none: not a commit of a git repository"
 
@@ -47,6 +48,11 @@ class Provenance:
         """The SHA-256 of all that the stage's outputs depend on."""
         files = [f"{digest}  {path}" for path, digest in sorted(self.inputs.items())]
         return hashlib.sha256("\n".join([self.command, self.params_sha256, *files]).encode()).hexdigest()
+
+    @property
+    def data_sha256(self) -> str:
+        """The digest of the images that it reads."""
+        return sha256_of_data({path: self.inputs[path] for path in map(str, DATA) if path in self.inputs})
 
     def tags(self) -> dict[str, str]:
         """Name what identifies the stage's execution; the single inputs are too many for tags."""
@@ -78,6 +84,11 @@ def trace(stage: str, params: Params | None = None) -> Provenance:
 def names(entries: Sequence[str | Mapping[str, object]]) -> list[str]:
     """Return the paths in a list of `dvc.yaml`, where an entry with options is a mapping of its path."""
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def sha256_of_data(digests: Mapping[str, str]) -> str:
+    """Return the SHA-256 of the digests of directories of images by their paths, as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def digest(path: Path) -> str:

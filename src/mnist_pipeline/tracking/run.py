@@ -78,7 +78,7 @@ class TrackedRun:
                 name=f"mnist-{use}",  # MLflow keeps one data set of a name and digest
                 digest=digest[:DIGEST_LENGTH],
                 source_type="local",
-                source=json.dumps({"uri": str(RAW)}),
+                source=json.dumps({"uri": str(RAW.parent)}),
                 profile=json.dumps({"num_rows": len(digits), "per_class": digits.per_class(), "sha256": digest}),
             )
             inputs.append(DatasetInput(described, [InputTag("mlflow.data.context", use)]))

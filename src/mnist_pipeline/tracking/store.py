@@ -21,7 +21,6 @@ from mnist_pipeline.data import Digits
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256
 from mnist_pipeline.params import flatten
-from mnist_pipeline.paths import RAW
 from mnist_pipeline.provenance import Provenance, title
 from mnist_pipeline.tracking.run import DATA_TAG, MODEL_TAG, TrackedRun
 
@@ -105,7 +104,7 @@ class Store:
 
     def begin_run(self, provenance: Provenance, tags: Mapping[str, str]) -> TrackedRun:
         """Begin the run of a training."""
-        known = {"stage": provenance.stage, DATA_TAG: provenance.inputs[str(RAW)]}
+        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256}
         known |= {name: value for name, value in self.origin.items() if value}
         every = resolve_tags({**known, **provenance.tags(), **tags})
         created = self.client.create_run(self.experiment_id, tags=every, run_name=self.name or title())
