@@ -42,7 +42,6 @@ class Checkpoint:
             "history": [asdict(result) for result in training.history],
             "param_groups": [optimizer["param_groups"] for optimizer in optimizers],
         }
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         write_bytes(self.path, safetensors.torch.save(tensors, {DESCRIPTION: json.dumps(description)}))
 
     def restore(self, training: Training) -> str | None:

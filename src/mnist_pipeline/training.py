@@ -19,7 +19,6 @@ from mnist_pipeline.params import TrainParams
 
 MONITOR_BATCH_SIZE = 1000  # images; bounds memory
 STATISTICS_IMAGES = 10_000  # from which batch normalisation's statistics of averaged weights are measured
-LAYOUTS = {"float32": torch.contiguous_format, "bfloat16": torch.channels_last}  # the faster for each, as measured
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ class Training:
 
 def start_training(model: nn.Module, params: TrainParams) -> Training:
     """Return a training of the model that has no epoch behind it."""
-    model = model.to(memory_format=LAYOUTS[params.precision])
     average = None
     if params.averaging:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.averaging))
@@ -127,7 +125,6 @@ def train(
         for number, batch in enumerate(batches):
             rate = learning_rate(params, epoch - 1 + number / len(batches))
             seen = augment(images[batch], augmentation) if augmentation else images[batch]
-            seen = seen.contiguous(memory_format=LAYOUTS[params.precision])
             with torch.autocast(images.device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
                 log_probabilities = model(seen)
             loss = smoothed_loss(log_probabilities, labels[batch], params.label_smoothing)
