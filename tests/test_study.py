@@ -118,9 +118,14 @@ def test_a_study_trains_each_seed_once(tmp_path: Path) -> None:
 @pytest.mark.pipeline
 def test_a_recipe_runs_as_an_experiment_of_dvc(tmp_path: Path) -> None:
     repository = Repository.create(tmp_path).init()
-    (tmp_path / "experiments/quick.yaml").write_text("train:\n  learning_rate: 0.002\n")
+    overlay = (
+        "model:\n  channels: [4, 5, 4, 4, 4, 4]\n  bias: false\ntrain:\n  learning_rate: 0.002\n  optimizer: muon\n"
+    )
+    (tmp_path / "experiments/quick.yaml").write_text(overlay)
     said = repository.run("mnist", "experiment", "quick", "-S", "seed=4")
     assert said.returncode == 0, said.stdout
     (run,) = repository.runs()
     assert run.info.run_name == "quick"
     assert (run.data.params["train.learning_rate"], run.data.params["seed"]) == ("0.002", "4")
+    assert (run.data.params["model.channels"], run.data.params["model.bias"]) == ("[4, 5, 4, 4, 4, 4]", "False")
+    assert run.data.params["train.optimizer"] == "muon"
