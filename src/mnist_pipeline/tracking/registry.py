@@ -150,7 +150,7 @@ class Registry:
         Raises:
             UserError: another promotion came between.
         """
-        self.expect(champion)
+        self.expect(champion, version)
         self.record(version, move, became=CHAMPION, instead_of=str(champion or "none"))
         if champion:
             self.record(champion, move, became=PREVIOUS, successor=str(version))
@@ -159,13 +159,13 @@ class Registry:
         self.drop_alias(CHALLENGER, version)
         self.expect(version)
 
-    def expect(self, champion: Version | None) -> None:
-        """Check that the champion is the one that is expected.
+    def expect(self, *versions: Version | None) -> None:
+        """Check that the champion is one of these.
 
         Raises:
             UserError: another promotion came between.
         """
-        if (found := self.find(CHAMPION)) != champion:
+        if (found := self.find(CHAMPION)) not in versions:
             raise UserError(
                 f"another promotion came between, and {found} is the champion: promote again to be judged by it"
             )
