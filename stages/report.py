@@ -2,13 +2,13 @@
 
 from mnist_pipeline.architecture import describe
 from mnist_pipeline.backfill import backfill, missing
-from mnist_pipeline.data import FILES, load_digits
+from mnist_pipeline.data import FILES, load_additions, load_digits
 from mnist_pipeline.errors import run
 from mnist_pipeline.files import sha256, write_text
 from mnist_pipeline.model import load_model
 from mnist_pipeline.page import render_page
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT
+from mnist_pipeline.paths import ADDED, CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.reporting import draw_charts, load_results, render_report, write_figures
 from mnist_pipeline.tracking import Store, tolerant
@@ -18,12 +18,13 @@ def main() -> None:
     params = load_params()
     provenance = trace("report")
     digits = {part: load_digits(RAW, part) for part in ("train", "test")}
+    digits["added"] = load_additions(ADDED, RAW, params.data)
     model = load_model(MODEL)
     layers = describe(model)
     results = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION)
     charts = draw_charts(results, layers, model, params)
     write_figures(FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
-    digests = {str(path): sha256(path) for path in [*(RAW / file for file in FILES), MODEL]}
+    digests = {str(path): sha256(path) for path in [*(RAW / file for file in FILES), *sorted(ADDED.glob("*/*")), MODEL]}
     report = render_report(params, digits, layers, results, digests)
     write_text(REPORT, report)
     write_text(PAGE, render_page(report, REPORT.parent, charts))

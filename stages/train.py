@@ -8,7 +8,7 @@ from mnist_pipeline.files import write_csv
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model, save_model
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import HISTORY, MODEL, RAW
+from mnist_pipeline.paths import ADDED, HISTORY, MODEL, RAW
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.tracking import training_run
 from mnist_pipeline.training import start_training, train
@@ -18,7 +18,7 @@ def main() -> None:
     params = load_params()
     provenance = trace("train")
     device = set_up_torch(params.threads)
-    parts = load_training_data(RAW, params.data, params.seed)
+    parts = load_training_data(RAW, ADDED, params.data, params.seed)
     digits, monitor = (part.tensors(params.data, device) for part in parts.values())
     training = start_training(build_model(params.model, params.seed).to(device), params.train)
     checkpoint = Checkpoint(provenance.fingerprint)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import full
 
 from mnist_pipeline.architecture import Layer, describe
-from mnist_pipeline.data import Digits, load_digits
+from mnist_pipeline.data import NO_DIGITS, Digits, load_digits
 from mnist_pipeline.evaluation import calibration, measure, predictions
 from mnist_pipeline.figures import Chart
 from mnist_pipeline.files import write_csv, write_json, write_text
@@ -19,7 +19,7 @@ from mnist_pipeline.reporting import Results, draw_charts, load_results, render_
 
 DATA = Path(__file__).parent / "data"
 PARAMS = load_params(Path(__file__).parents[1] / "params.yaml")
-DIGITS = {part: load_digits(DATA, part) for part in ("train", "test")}
+DIGITS = {part: load_digits(DATA, part) for part in ("train", "test")} | {"added": NO_DIGITS}
 MISTAKES = {30: (8, 0.6), 5: (3, 0.95), 100: (7, 0.8)}  # test image: what it is taken for, with what probability
 DIGESTS = {"data/raw/images": "1" * 64, "models/model.safetensors": "2" * 64}
 

@@ -19,6 +19,7 @@ PIPELINE = [
     ".dvcignore",
     ".gitignore",
     "Makefile",
+    "data/added/.gitignore",
     "dvc.yaml",
     "experiments",
     "params.yaml",
@@ -45,7 +46,6 @@ class Repository:
                 shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
             else:
                 shutil.copy(ROOT / name, root / name)
-        (root / "data").mkdir()
         shutil.copy(DATA / "SHA256SUMS", root / "data")
         for name, value in {"threads": 1, "epochs": 2, "batch_size": 64, **params}.items():
             repository.set_param(name, value)

@@ -133,6 +133,13 @@ def test_of_other_images_no_label_is_disputed(small_data: Path, part: str) -> No
     assert load_digits(small_data, part).disputed() == []
 
 
+@pytest.mark.usefixtures("mnist")
+def test_no_two_of_mnists_images_pass_for_copies() -> None:
+    raw = Path(__file__).parents[1] / "data/raw"
+    likenesses = [likeness for part in ("train", "test") for likeness in load_digits(raw, part).likenesses()]
+    assert len(set(likenesses)) == len(likenesses) == 70_000
+
+
 def test_pixels_are_scaled_and_normalised(params: Params) -> None:
     pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
     pixels[1, 0, 27], pixels[1, 27, 0] = 255, 51  # white and a fifth of it
@@ -185,7 +192,7 @@ def test_a_split_must_leave_images_to_train_on(size: int) -> None:
 
 
 def test_without_a_split_the_test_images_monitor(small_data: Path, params: Params) -> None:
-    parts = load_training_data(small_data, params.data, seed=0)
+    parts = load_training_data(small_data, small_data / "absent", params.data, seed=0)
     assert {use: len(digits) for use, digits in parts.items()} == {"train": 300, "monitor": 200}
     assert torch.equal(parts["monitor"].pixels, load_digits(small_data, "test").pixels)
     assert params.data.monitor_name == "Test"
@@ -195,7 +202,7 @@ def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, para
     for file in copy_of_data.glob("t10k-*"):
         file.unlink()
     data = params.data.model_copy(update={"validation_size": 50})
-    parts = load_training_data(copy_of_data, data, seed=0)
+    parts = load_training_data(copy_of_data, copy_of_data / "absent", data, seed=0)
     assert {use: len(digits) for use, digits in parts.items()} == {"train": 250, "monitor": 50}
     assert data.monitor_name == "Validation"
 

@@ -16,6 +16,7 @@ from mnist_pipeline.params import Params, load_params
 
 ROOT = Path(__file__).parents[1]
 REAL = (ROOT / "params.yaml").read_bytes()
+LINE_OF_EPOCHS = 1 + REAL[: REAL.index(b"  epochs")].count(b"\n")
 
 
 def written(content: bytes) -> Callable[[Path], object]:
@@ -101,7 +102,7 @@ BAD_FILES = {
     "optimizer in capitals": (changed("train.optimizer", "Adam"), ["train.optimizer", "'adamw' or 'sgd'", "'Adam'"]),
     "unknown dropout kind": (changed("model.dropout_kind", "2d"), ["model.dropout_kind", "'element' or 'channel'"]),
     # files
-    "tab": (written(REAL.replace(b"  epochs", b"\tepochs")), ["line 17", "not YAML", r"'\t'"]),
+    "tab": (written(REAL.replace(b"  epochs", b"\tepochs")), [f"line {LINE_OF_EPOCHS}", "not YAML", r"'\t'"]),
     "unclosed bracket": (changed("seed", "[0"), ["line", "not YAML", "']'"]),
     "wrong indentation": (written(REAL.replace(b"  epochs", b" epochs")), ["line", "not YAML"]),
     "lost colon": (written(REAL.replace(b"epochs:", b"epochs")), ["line", "not YAML"]),

@@ -22,6 +22,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("dvc.yaml", "params.yaml"):
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DATA, tmp_path / "data/raw")
+    (tmp_path / "data/added").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return tmp_path
@@ -72,6 +73,7 @@ def alter_a_pixel(repository: Path) -> None:
         edit("src/mnist_pipeline/training.py", "model.train()", "model.train(True)"),
         edit("dvc.yaml", "python stages/train.py", "python -O stages/train.py"),
         alter_a_pixel,
+        write("data/added/mine/train-labels-idx1-ubyte"),
     ],
 )
 def test_a_change_of_what_training_reads_changes_its_fingerprint(
@@ -81,6 +83,16 @@ def test_a_change_of_what_training_reads_changes_its_fingerprint(
     assert trace("train").fingerprint == before
     change(repository)
     assert trace("train").fingerprint != before
+
+
+@pytest.mark.parametrize("change", [alter_a_pixel, write("data/added/mine/train-labels-idx1-ubyte")])
+def test_a_change_of_the_data_changes_their_digest(repository: Path, change: Callable[[Path], None]) -> None:
+    before = trace("train").data_sha256
+    edit("params.yaml", "epochs: 14", "epochs: 15")(repository)
+    edit("stages/train.py", "Train the network", "Train a network")(repository)
+    assert trace("train").data_sha256 == before
+    change(repository)
+    assert trace("train").data_sha256 != before
 
 
 @pytest.mark.parametrize(
@@ -108,6 +120,7 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "data.validation_size": 0,
         "data.mean": 0.1307,
         "data.std": 0.3081,
+        "data.max_class_ratio": 2.0,
         "model.dropout": 0.25,
         "model.dropout_kind": "element",
         "model.parameter_budget": 20000,

@@ -8,7 +8,7 @@ import pytest
 from made_up import DIGESTS, DIGITS, MISTAKES, MadeUpRun, params_with
 
 from mnist_pipeline import data
-from mnist_pipeline.data import DISPUTED, Digits
+from mnist_pipeline.data import DISPUTED, NO_DIGITS, Digits
 
 TEST = DIGITS["test"]
 REQUIREMENTS = [
@@ -39,6 +39,7 @@ def as_many() -> dict[str, Digits]:
     training = DIGITS["train"]
     return {
         "train": Digits(training.pixels[:1].expand(60_000, 28, 28), training.labels.repeat(200)),
+        "added": NO_DIGITS,
         "test": Digits(TEST.pixels[:1].expand(10_000, 28, 28), TEST.labels.repeat(50)),
     }
 
@@ -225,6 +226,21 @@ def test_a_misclassified_digit_is_shown_with_its_label_and_prediction(report: st
         "95.0%",
         "",
     ]
+
+
+def test_digits_that_were_added_are_counted_and_the_data_no_longer_mnist(
+    tmp_path: Path, as_many: dict[str, Digits]
+) -> None:
+    added = DIGITS["train"][:40]
+    report = MadeUpRun.create(tmp_path, {}, digits=as_many | {"added": added}).report
+    assert "| Training images | 60,040 | 60,000 |" in report
+    assert "| of these added to MNIST's | 40 | 0 |" in report
+    assert f"| of these added to MNIST's | {' | '.join(map(str, added.per_class()))} |" in report
+    assert met(report)["MNIST dataset"] is False
+
+
+def test_without_additions_none_are_named(report: str) -> None:
+    assert "added" not in report
 
 
 def test_the_confusion_matrix_counts_labels_by_prediction(run: MadeUpRun) -> None:

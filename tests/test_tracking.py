@@ -44,6 +44,7 @@ from mnist_pipeline.training import EpochResult, Training, start_training
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
+NONE = DATA / "absent"  # no additions
 PARAMS = load_params(ROOT / "params.yaml")
 MODEL = Path("models/model.safetensors")
 HISTORY = Path("reports/history.csv")
@@ -156,7 +157,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     git(copy, "init", "--quiet")
     git(copy, "add", "--all")
     git(copy, "commit", "--quiet", "--message", "Begin")
-    parts = load_training_data(DATA, PARAMS.data.model_copy(update={"validation_size": 50}), seed=0)
+    parts = load_training_data(DATA, NONE, PARAMS.data.model_copy(update={"validation_size": 50}), seed=0)
     training = training_after()
     with tracking_alone(store.root) as patch:
         patch.chdir(copy)
@@ -228,7 +229,7 @@ def test_later_stages_add_metrics_under_their_names_in_the_file(scenario: Scenar
         ("command", TRAIN.command),
         ("fingerprint", TRAIN.fingerprint),
         ("params_sha256", TRAIN.params_sha256),
-        ("data_sha256", RAW["data/raw"]),
+        ("data_sha256", TRAIN.data_sha256),
         ("git_dirty", "false"),
         ("backfilled", "false"),
         ("python", platform.python_version()),
@@ -691,7 +692,7 @@ def test_a_param_that_a_rerun_sets_back_is_not_contradicted_by_a_tag(store: Repo
 
 def test_the_test_images_are_named_even_where_they_monitored_the_training(store: Repository) -> None:
     run = Store().begin_run(TRAIN, {})
-    run.log_datasets(load_training_data(DATA, PARAMS.data, seed=0))
+    run.log_datasets(load_training_data(DATA, NONE, PARAMS.data, seed=0))
     run.log_datasets({"test": load_digits(DATA, "test")})
     [found] = store.runs()
     assert {used.tags[0].value for used in found.inputs.dataset_inputs} == {"train", "monitor", "test"}

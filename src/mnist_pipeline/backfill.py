@@ -14,7 +14,7 @@ from mnist_pipeline.files import read_csv
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import load_model
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import HISTORY, MODEL, RAW
+from mnist_pipeline.paths import ADDED, HISTORY, MODEL, RAW
 from mnist_pipeline.provenance import Provenance, trace
 from mnist_pipeline.tracking import BACKFILLED_TAG, Store, tolerant
 
@@ -65,7 +65,7 @@ def add_training(store: Store, provenance: Provenance) -> None:
     """Make the run of a training, or complete the one that the store has a part of."""
     params = load_params()
     device = set_up_torch(params.threads)
-    parts = load_training_data(RAW, params.data, params.seed)
+    parts = load_training_data(RAW, ADDED, params.data, params.seed)
     example, _ = parts["monitor"][:2].tensors(params.data, device)
     model = load_model(MODEL)
     found = store.unfinished_run_of(provenance) or store.begin_run(provenance, {})

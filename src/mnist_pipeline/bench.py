@@ -23,7 +23,7 @@ from mnist_pipeline.files import write_json
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model
 from mnist_pipeline.params import Params, load_params
-from mnist_pipeline.paths import BENCH, MODEL, PARAMS, RAW
+from mnist_pipeline.paths import ADDED, BENCH, MODEL, PARAMS, RAW
 from mnist_pipeline.provenance import clean_environment
 from mnist_pipeline.training import start_training, train
 
@@ -116,7 +116,7 @@ def train_on_few(tracked: bool) -> None:
     """Do what the train stage does, on few images; the model that it logs is the one that is there."""
     params = load_params()
     device = set_up_torch(params.threads)
-    parts = {use: part[:FEW] for use, part in load_training_data(RAW, params.data, params.seed).items()}
+    parts = {use: part[:FEW] for use, part in load_training_data(RAW, ADDED, params.data, params.seed).items()}
     digits, monitor = (part.tensors(params.data, device) for part in parts.values())
     training = start_training(build_model(params.model, params.seed).to(device), params.train)
     epochs = train(training, digits, monitor, params.train, params.seed)

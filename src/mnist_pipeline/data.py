@@ -1,7 +1,8 @@
-"""MNIST from its IDX files: read, checked, split, and held in memory as tensors."""
+"""MNIST, and digits added to it, from IDX files: read, checked, split, and held in memory as tensors."""
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,9 @@ class Digits:
     def __getitem__(self, index: Tensor | slice) -> "Digits":
         return Digits(self.pixels[index], self.labels[index])
 
+    def __add__(self, other: "Digits") -> "Digits":
+        return Digits(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
+
     def per_class(self) -> list[int]:
         """Count the images of each class."""
         return torch.bincount(self.labels, minlength=CLASSES).tolist()
@@ -46,6 +50,13 @@ class Digits:
         content = self.pixels.numpy().tobytes() + self.labels.to(torch.uint8).numpy().tobytes()
         return hashlib.sha256(content).hexdigest()
 
+    def likenesses(self) -> list[bytes]:
+        """Return by what copies of each image are known: its pixels in four grey levels, which rounding seldom alters.
+
+        No two of MNIST's 70,000 images are alike in it.
+        """
+        return [image.tobytes() for image in (self.pixels >> 6).numpy()]
+
     def disputed(self) -> list[int]:
         """Return the places of images whose label is disputed; they are known for MNIST's test images alone."""
         return DISPUTED if self.sha256() == TEST_SHA256 else []
@@ -54,6 +65,9 @@ class Digits:
         """Return the network's input (N, 1, 28, 28), pixels scaled to 0..1 and normalised, and the labels (N,)."""
         images = ((self.pixels.float() / 255 - params.mean) / params.std).unsqueeze(1)
         return images.to(device), self.labels.to(device)
+
+
+NO_DIGITS = Digits(torch.empty(0, SIDE, SIDE, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
 
 
 def read_idx(path: Path) -> Tensor:
@@ -68,7 +82,9 @@ def read_idx(path: Path) -> Tensor:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): `dvc repro download` makes it") from None
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): `dvc repro download` makes MNIST's, `dvc pull` brings others"
+        ) from None
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise UserError(
             f"{path} is not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ') or 'nothing'}"
@@ -80,11 +96,11 @@ def read_idx(path: Path) -> Tensor:
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
 
 
-def load_digits(directory: Path, part: str) -> Digits:
-    """Read and check the `train` or the `test` part of a directory of IDX files.
+def read_part(directory: Path, part: str) -> Digits:
+    """Read the `train` or the `test` part of a directory of IDX files.
 
     Raises:
-        UserError: a file is damaged, or the two do not hold as many 28×28 images as labels of 0 to 9, some of each.
+        UserError: a file is damaged, or the two do not hold as many 28×28 images as labels of 0 to 9.
     """
     images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
     labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
@@ -97,12 +113,83 @@ def load_digits(directory: Path, part: str) -> Digits:
         raise UserError(
             f"{images} holds {len(digits.pixels):,} images, {labels} is of shape {tuple(digits.labels.shape)}"
         )
-    if (classes := digits.labels.unique().tolist()) != list(range(CLASSES)):
-        raise UserError(
-            f"{labels} must hold labels of each class from 0 to {CLASSES - 1}, "
-            f"and holds {len(classes)} different ones from {classes[0]} to {classes[-1]}"
-        )
+    if (largest := int(digits.labels.max())) >= CLASSES:
+        raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, and holds {largest}")
     return digits
+
+
+def load_digits(directory: Path, part: str) -> Digits:
+    """Read a part of MNIST.
+
+    Raises:
+        UserError: `read_part` refuses it, or it lacks a class.
+    """
+    digits = read_part(directory, part)
+    if 0 in (counts := digits.per_class()):
+        labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
+        raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, some of each: it lacks {counts.index(0)}")
+    return digits
+
+
+def read_additions(directory: Path) -> tuple[Digits, list[str]]:
+    """Read what lies in a directory of additions, in the order of their names; and return what each image is called.
+
+    Raises:
+        UserError: `read_part` refuses one; or DVC tracks it, and it is not there.
+    """
+    paths = sorted({path.with_suffix("") for path in directory.glob("[!.]*")})  # an addition, its .dvc file, or both
+    parts = [read_part(path, "train") for path in paths]
+    names = [f"{path}: image {index}" for path, part in zip(paths, parts, strict=True) for index in range(len(part))]
+    return sum(parts, NO_DIGITS), names
+
+
+def check_additions(added: Digits, names: Sequence[str], raw: Path, params: DataParams) -> None:
+    """Check digits, called `names`, that are to train the network together with MNIST's in a directory.
+
+    Raises:
+        UserError: one is a copy of an image that MNIST or they themselves hold, or is not white on black; or a class
+            would have more than `params.max_class_ratio` times the images of another.
+    """
+    parts = {part: load_digits(raw, part) for part in PREFIXES}
+    seen = {
+        likeness: f"MNIST's {part} image {index}"
+        for part, digits in parts.items()
+        for index, likeness in enumerate(digits.likenesses())
+    }
+    copies = []
+    for name, likeness in zip(names, added.likenesses(), strict=True):
+        if likeness in seen:
+            copies.append(f"{name} (a copy of {seen[likeness]})")
+        seen.setdefault(likeness, name)
+    if copies:
+        raise UserError(f"no image may train twice, and no test image at all: take out {some(copies)}")
+    bright = (added.pixels > 127).sum(dim=(1, 2)).tolist()
+    if wrong := [name for name, count in zip(names, bright, strict=True) if not 0 < count < SIDE * SIDE / 2]:
+        raise UserError(f"a digit must be white on black, as MNIST's are: take out or invert {some(wrong)}")
+    counts = (parts["train"] + added).per_class()
+    most, least = counts.index(max(counts)), counts.index(min(counts))
+    if counts[most] > params.max_class_ratio * counts[least]:
+        raise UserError(
+            f"with those added there are {counts[most]:,} training images of {most} and {counts[least]:,} of {least}: "
+            f"data.max_class_ratio allows {params.max_class_ratio:g} times as many"
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first few."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def load_additions(directory: Path, raw: Path, params: DataParams) -> Digits:
+    """Read the digits that are added to MNIST's, none where there are none, and check them against those in `raw`.
+
+    Raises:
+        UserError: `read_additions` or `check_additions` refuses them.
+    """
+    added, names = read_additions(directory)
+    if names:
+        check_additions(added, names, raw, params)
+    return added
 
 
 def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digits]:
@@ -121,9 +208,13 @@ def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digi
     return digits[~held_out], digits[held_out]
 
 
-def load_training_data(directory: Path, params: DataParams, seed: int) -> dict[str, Digits]:
-    """Return the images to `train` on and those that `monitor` it: a validation split, or the test images without."""
-    training = load_digits(directory, "train")
+def load_training_data(raw: Path, additions: Path, params: DataParams, seed: int) -> dict[str, Digits]:
+    """Return the images to `train` on and those that `monitor` it: a validation split, or the test images without.
+
+    Additions only train: the images held out are of MNIST, the same with additions as without.
+    """
+    training, added = load_digits(raw, "train"), load_additions(additions, raw, params)
     if params.validation_size == 0:
-        return {"train": training, "monitor": load_digits(directory, "test")}
-    return dict(zip(("train", "monitor"), split(training, params.validation_size, seed), strict=True))
+        return {"train": training + added, "monitor": load_digits(raw, "test")}
+    training, held_out = split(training, params.validation_size, seed)
+    return {"train": training + added, "monitor": held_out}

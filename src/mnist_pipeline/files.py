@@ -77,6 +77,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of_directory(directory: Path) -> str:
-    """Return the SHA-256 of the list that `sha256sum *` prints in a directory of files."""
-    lines = [f"{sha256(path)}  {path.name}\n" for path in sorted(directory.iterdir())]
+    """Return the SHA-256 of the list that `sha256sum *` prints in a directory, files of its directories included."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

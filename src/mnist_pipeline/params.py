@@ -29,6 +29,7 @@ class DataParams(Section):
     validation_size: Annotated[int, Field(ge=0)]
     mean: Probability
     std: Positive
+    max_class_ratio: Annotated[float, Field(ge=1)]
 
     @property
     def monitor_name(self) -> str:

@@ -9,6 +9,7 @@ LOCK = Path("dvc.lock")
 
 RAW = Path("data/raw")
 DIGESTS = Path("data/SHA256SUMS")
+ADDED = Path("data/added")  # digits to train on besides MNIST's, each addition a directory that DVC tracks
 
 CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings, outside all outputs
 

@@ -16,7 +16,7 @@ import yaml
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
 from mnist_pipeline.params import Params, flatten, load_params
-from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, REPORTS
+from mnist_pipeline.paths import LOCK, MODEL, PARAMS, PIPELINE, RAW, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
 TITLE_LENGTH = 120  # characters; MLflow's tables hold 250
@@ -47,6 +47,12 @@ class Provenance:
         """The SHA-256 of all that the stage's outputs depend on."""
         files = [f"{digest}  {path}" for path, digest in sorted(self.inputs.items())]
         return hashlib.sha256("\n".join([self.command, self.params_sha256, *files]).encode()).hexdigest()
+
+    @property
+    def data_sha256(self) -> str:
+        """The SHA-256 of the inputs in `data/`, as JSON with sorted keys: of each path, its own."""
+        data = {path: digest for path, digest in self.inputs.items() if Path(path).parent == RAW.parent}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
     def tags(self) -> dict[str, str]:
         """Name what identifies the stage's execution; the single inputs are too many for tags."""

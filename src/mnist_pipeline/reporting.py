@@ -253,7 +253,7 @@ def render_report(
     results: Results,
     digests: Mapping[str, str],
 ) -> str:
-    """Return the report as Markdown; `digits` are the `train` and `test` images, `digests` the SHA-256 of files."""
+    """Return the report as Markdown, of the `train`, `added` and `test` images and the SHA-256 (`digests`) of files."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_pipeline"),
         undefined=jinja2.StrictUndefined,
@@ -262,13 +262,15 @@ def render_report(
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701 (Markdown, of our own numbers; `page` escapes it)
     )
-    training, test = digits["train"], digits["test"]
+    added, test = digits["added"], digits["test"]
+    training = digits["train"] + added
     confused = results.confusion - np.diag(results.confusion.diagonal())
     return environment.get_template("report.md.j2").render(
         params=params,
         configuration=flatten(params.model_dump()),
         digests=digests,
         training=training,
+        added=added,
         test=test,
         disputed=test.disputed(),
         side=SIDE,

@@ -10,7 +10,7 @@ import yaml
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_csv
-from mnist_pipeline.paths import HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
+from mnist_pipeline.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
 from mnist_pipeline.provenance import clean_environment, git
 
 COMPARED = [HISTORY, PREDICTIONS]  # kept in git, so that their numbers can be set beside the new ones
@@ -32,6 +32,10 @@ def main() -> None:
         print(f"Running the pipeline of commit {commit} again", flush=True)
         data = {"MNIST_DIR": str(RAW.resolve())} if RAW.is_dir() else {}  # the clone need not download it again
         environment = data | clean_environment()
+        for tracked in (clone / ADDED).glob("*.dvc"):
+            addition = ADDED / tracked.stem
+            get = ["dvc", "get", "--quiet", "--rev", "HEAD", "--out", str(clone / addition), ".", str(addition)]
+            subprocess.run(get, env=environment, check=False)  # without it, `dvc repro` says what is missing
         if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=environment, check=False).returncode != 0:
             raise UserError(f"the pipeline of commit {commit} failed, as printed above")
         before, after = digests(committed / LOCK), digests(clone / LOCK)

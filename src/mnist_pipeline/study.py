@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_csv, read_text, write_csv, write_text
 from mnist_pipeline.params import Params, flatten, load_params, read_sections
-from mnist_pipeline.paths import EXPERIMENTS, HISTORY, METRICS, PARAMS, PIPELINE, RAW, STUDIES
+from mnist_pipeline.paths import ADDED, EXPERIMENTS, HISTORY, METRICS, PARAMS, PIPELINE, RAW, STUDIES
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.tracking import PARENT, study_run
 
@@ -96,10 +96,10 @@ def run_trial(name: str, params: Params, stages: Sequence[str], parent: str | No
         copy = Path(temporary)
         # With its history, where it has one, so that the run can say how it differs from the commit.
         subprocess.run(["git", "clone", "--quiet", "--shared", ".", temporary], capture_output=True, check=False)
-        for directory in ("src", "stages"):
-            shutil.copytree(directory, copy / directory, dirs_exist_ok=True)
+        for directory in ("src", "stages", ADDED):
+            shutil.rmtree(copy / directory, ignore_errors=True)
+            shutil.copytree(directory, copy / directory)
         shutil.copy(PIPELINE, copy)
-        (copy / RAW.parent).mkdir(exist_ok=True)
         (copy / RAW).symlink_to(RAW.resolve())
         write_text(copy / PARAMS, yaml.safe_dump(params.model_dump(), sort_keys=False))
         trial = f"{name}-{params.seed}"

@@ -115,7 +115,7 @@ class TrackedRun:
                 name=f"mnist-{use}",  # MLflow keeps one data set of a name and digest
                 digest=digest[:DIGEST_LENGTH],
                 source_type="local",
-                source=json.dumps({"uri": str(RAW)}),
+                source=json.dumps({"uri": str(RAW.parent)}),
                 profile=json.dumps({"num_rows": len(digits), "per_class": digits.per_class(), "sha256": digest}),
             )
             inputs.append(DatasetInput(described, [InputTag("mlflow.data.context", use)]))
@@ -259,7 +259,7 @@ class Store:
 
     def begin_run(self, provenance: Provenance, tags: Mapping[str, str]) -> TrackedRun:
         """Begin the run of a training."""
-        known = {"stage": provenance.stage, "data_sha256": provenance.inputs[str(RAW)]}
+        known = {"stage": provenance.stage, "data_sha256": provenance.data_sha256}
         known |= {name: value for name, value in self.origin.items() if value}
         every = resolve_tags({**known, **provenance.tags(), **tags})
         created = self.client.create_run(self.experiment_id, tags=every, run_name=self.name or title())
