@@ -109,6 +109,22 @@ def readme() -> None:
 
 
 @mnist.command()
+@click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--name", help="Of the addition, instead of the directory's.")
+@click.option("--normalize", is_flag=True, help="Bring other pictures to MNIST's form, as `mnist predict` does.")
+def add(source: Path, name: str | None, normalize: bool) -> None:
+    """Check labelled digits and add them to those that train: data/added/NAME, tracked by DVC.
+
+    SOURCE is a directory that holds pictures, white on black and of 28×28 pixels, in directories 0 to 9; or IDX files,
+    named as those of MNIST's training images are. A copy of one of MNIST's images, above all of a test image, is
+    refused.
+    """
+    from mnist_pipeline.additions import add
+
+    add(source, name or source.resolve().name, normalize)
+
+
+@mnist.command()
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @model_option
 @json_option
