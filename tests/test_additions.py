@@ -96,16 +96,25 @@ def idx(digits: Digits, **files: bytes) -> Callable[[], None]:
 
 SEVEN = TRAIN.pixels[0].numpy()
 REFUSED = {
-    "a test image": (picture(TEST.pixels[12]), ["no test image", "mine/7/odd.png is test image 12 of MNIST"]),
-    "a test image of another label": (picture(TEST.pixels[12], name="0/a.png"), ["0/a.png is test image 12 of MNIST"]),
-    "a test image altered by a level": (picture(TEST.pixels[12] ^ 1), ["7/odd.png is test image 12 of MNIST"]),
-    "a test image in colours that are grey": (picture(TEST.pixels[3], "RGB"), ["odd.png is test image 3 of MNIST"]),
+    "a test image": (picture(TEST.pixels[12]), ["no test image", "mine/7/odd.png (a copy of MNIST's test image 12)"]),
+    "a test image of another label": (
+        picture(TEST.pixels[12], name="0/a.png"),
+        ["0/a.png (a copy of MNIST's test image 12)"],
+    ),
+    "a test image altered by a level": (picture(TEST.pixels[12] ^ 1), ["7/odd.png (a copy of MNIST's test image 12)"]),
+    "a test image in colours that are grey": (
+        picture(TEST.pixels[3], "RGB"),
+        ["odd.png (a copy of MNIST's test image 3)"],
+    ),
     "many test images": (
         lambda: write_pictures(Path("mine"), TEST[:80]),
-        ["mine/0/005.png is test image 5 of MNIST", "and 75 more"],
+        ["mine/0/005.png (a copy of MNIST's test image 5)", "and 75 more"],
     ),
-    "a training image": (picture(SEVEN), ["mine/7/odd.png is train image 0 of MNIST"]),
-    "a digit twice": (picture(NEW.pixels[0], name="9/odd.png"), [f"mine/9/odd.png is mine/{NEW.labels[0]}/000.png"]),
+    "a training image": (picture(SEVEN), ["mine/7/odd.png (a copy of MNIST's train image 0)"]),
+    "a digit twice": (
+        picture(NEW.pixels[0], name="9/odd.png"),
+        [f"take out mine/9/odd.png (a copy of mine/{NEW.labels[0]}/000.png)"],
+    ),
     "black on white": (picture(np.roll(255 - SEVEN, 2, 0)), ["white on black", "invert mine/7/odd.png"]),
     "nothing": (picture(np.zeros((28, 28), np.uint8)), ["white on black", "mine/7/odd.png"]),
     "another size": (picture(np.kron(SEVEN, np.ones((2, 2), np.uint8))), ["odd.png must", "28×28", "56×56", "--norm"]),
@@ -114,13 +123,13 @@ REFUSED = {
     "16 bits": (picture(SEVEN.astype(np.uint16) * 257, "I;16"), ["7/odd.png", "I;16", "--normalize"]),
     "no picture": (file("7/notes.txt"), ["mine/7/notes.txt: this is no picture"]),
     "half a picture": (file("7/half.png", b"\x89PNG\r\n\x1a\n"), ["mine/7/half.png: "]),
-    "a directory in a class": (lambda: Path("mine/7/more").mkdir(), ["mine/7/more: Is a directory"]),
+    "a directory in a class": (lambda: Path("mine/7/more").mkdir(parents=True), ["mine/7/more: Is a directory"]),
     "an unknown class": (picture(SEVEN, name="seven/a.png"), ["mine/seven is unknown", "directories 0 to 9"]),
     "a class of two digits": (picture(SEVEN, name="10/a.png"), ["mine/10 is unknown"]),
     "a file among the classes": (file("labels.csv"), ["mine/labels.csv is unknown"]),
     "no pictures": (emptied, ["mine holds no pictures in directories 0 to 9, nor train-images-idx3-ubyte"]),
     "too many of a class": (unbalanced, ["training images of 1", "data.max_class_ratio allows 2 times as many"]),
-    "IDX with a test image": (idx(NEW[:3] + TEST[7:8]), ["idx3-ubyte: image 3 is test image 7 of MNIST"]),
+    "IDX with a test image": (idx(NEW[:3] + TEST[7:8]), ["idx3-ubyte: image 3 (a copy of MNIST's test image 7)"]),
     "IDX with a label of 12": (
         idx(NEW[:3], labels=encode_idx(torch.tensor([1, 12, 3]))),
         ["train-labels-idx1-ubyte must hold labels from 0 to 9, and holds 12"],
@@ -158,7 +167,7 @@ def test_the_reports_pictures_of_misread_test_images_are_refused() -> None:
     shutil.rmtree("mine")
     write_digit(Path("mine/7/12.png"), TEST.pixels[12].numpy())
     assert "112×112" in refusal()
-    assert "mine/7/12.png is test image 12 of MNIST" in refusal(normalize=True)
+    assert "mine/7/12.png (a copy of MNIST's test image 12)" in refusal(normalize=True)
 
 
 @pytest.mark.usefixtures("place")
@@ -184,7 +193,7 @@ def test_a_name_that_is_taken_is_refused(taken: str) -> None:
 def test_what_was_added_before_is_not_added_again() -> None:
     write_idx(Path("data/added/first"), NEW[5:6])
     label = int(NEW.labels[5])
-    assert f"mine/{label}/005.png is data/added/first: image 0" in refusal()
+    assert f"mine/{label}/005.png (a copy of data/added/first: image 0)" in refusal()
 
 
 @pytest.mark.usefixtures("place")
@@ -251,7 +260,7 @@ def test_a_copy_that_lies_among_the_additions_does_not_train(
 ) -> None:
     write_idx(tmp_path / "mine", NEW[:3] + part[9:10])
     data = params.data.model_copy(update={"validation_size": validation_size})
-    with pytest.raises(UserError, match=r"mine: image 3 is (test|train) image 9 of MNIST$"):
+    with pytest.raises(UserError, match=r"mine: image 3 \(a copy of MNIST's (test|train) image 9\)$"):
         load_training_data(DATA, tmp_path, data, seed=0)
 
 
@@ -301,7 +310,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     def keep(name: str, process: "subprocess.CompletedProcess[str]") -> None:
         story.steps[name] = process
         names = ("dvc.lock", "reports/history.csv", "reports/report.md")
-        story.outputs[name] = {output: (first.root / output).read_bytes() for output in names}
+        story.outputs[name] = {name: path.read_bytes() for name in names if (path := first.root / name).exists()}
         story.runs[name] = first.runs()[0]
 
     keep("before", first.dvc("repro"))
@@ -320,7 +329,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     first.dvc("push").check_returncode()
     first.commit()
     first.run("git", "clone", "--quiet", str(first.root), str(clone.root)).check_returncode()
-    keep("clone without the digits", clone.stage("train"))
+    keep("clone without the digits", clone.dvc("repro"))
     keep("pull", clone.dvc("pull"))
     keep("status of the clone", clone.dvc("status"))
 
@@ -359,7 +368,7 @@ def test_an_addition_reruns_the_training_and_what_follows(story: Story) -> None:
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize(("name", "images"), [("before", 300), ("after", 340), ("trial", 340)])
+@pytest.mark.parametrize(("name", "images"), [("before", 300), ("after", 340), ("trial", 340), ("study", 340)])
 def test_a_run_names_all_images_that_trained(story: Story, name: str, images: int) -> None:
     assert story.trained(name) == images
 
@@ -384,10 +393,9 @@ def test_the_commit_with_an_addition_is_reproduced(story: Story) -> None:
 
 @pytest.mark.pipeline
 def test_a_clone_trains_not_without_the_addition_and_pulls_it(story: Story) -> None:
-    assert story.steps["clone without the digits"].returncode == 1
-    [line] = story.said("clone without the digits").splitlines()
-    assert "data/added/mine" in line
-    assert "dvc pull" in line
+    assert story.steps["clone without the digits"].returncode != 0
+    assert "missing data 'source': data/added/mine" in story.said("clone without the digits")
+    assert "train" not in story.executed("clone without the digits")
     assert "Data and pipelines are up to date." in story.said("status of the clone")
 
 
@@ -395,8 +403,8 @@ def test_a_clone_trains_not_without_the_addition_and_pulls_it(story: Story) -> N
 def test_a_leak_put_there_by_hand_ends_the_training_in_one_line(story: Story) -> None:
     assert story.steps["leak"].returncode != 0
     assert re.findall("(?m)^error: .*$", story.said("leak")) == [
-        "error: no image may train twice, and no test image at all: take out what is a copy, "
-        "data/added/leak: image 0 is test image 5 of MNIST"
+        "error: no image may train twice, and no test image at all: take out "
+        "data/added/leak: image 0 (a copy of MNIST's test image 5)"
     ]
     assert "Traceback" not in story.said("leak")
 
@@ -404,4 +412,4 @@ def test_a_leak_put_there_by_hand_ends_the_training_in_one_line(story: Story) ->
 @pytest.mark.pipeline
 def test_an_addition_that_is_removed_leaves_no_trace(story: Story) -> None:
     assert story.outputs["without"] == story.outputs["before"]
-    assert story.executed("without") == []
+    assert "train" not in story.executed("without")

@@ -133,6 +133,13 @@ def test_of_other_images_no_label_is_disputed(small_data: Path, part: str) -> No
     assert load_digits(small_data, part).disputed() == []
 
 
+@pytest.mark.usefixtures("mnist")
+def test_no_two_of_mnists_images_pass_for_copies() -> None:
+    raw = Path(__file__).parents[1] / "data/raw"
+    likenesses = [likeness for part in ("train", "test") for likeness in load_digits(raw, part).likenesses()]
+    assert len(set(likenesses)) == len(likenesses) == 70_000
+
+
 def test_pixels_are_scaled_and_normalised(params: Params) -> None:
     pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
     pixels[1, 0, 27], pixels[1, 27, 0] = 255, 51  # white and a fifth of it

@@ -51,9 +51,9 @@ class Digits:
         return hashlib.sha256(content).hexdigest()
 
     def likenesses(self) -> list[bytes]:
-        """Return what is equal for copies of an image, even if rounding altered one by a level: its four grey levels.
+        """Return by what copies of each image are known: its pixels in four grey levels, which rounding seldom alters.
 
-        No two of MNIST's 70,000 images have it in common.
+        No two of MNIST's 70,000 images are alike in it.
         """
         return [image.tobytes() for image in (self.pixels >> 6).numpy()]
 
@@ -152,17 +152,17 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
     """
     parts = {part: load_digits(raw, part) for part in PREFIXES}
     seen = {
-        likeness: f"{part} image {index} of MNIST"
+        likeness: f"MNIST's {part} image {index}"
         for part, digits in parts.items()
         for index, likeness in enumerate(digits.likenesses())
     }
     copies = []
     for name, likeness in zip(names, added.likenesses(), strict=True):
         if likeness in seen:
-            copies.append(f"{name} is {seen[likeness]}")
+            copies.append(f"{name} (a copy of {seen[likeness]})")
         seen.setdefault(likeness, name)
     if copies:
-        raise UserError(f"no image may train twice, and no test image at all: take out what is a copy, {some(copies)}")
+        raise UserError(f"no image may train twice, and no test image at all: take out {some(copies)}")
     bright = (added.pixels > 127).sum(dim=(1, 2)).tolist()
     if wrong := [name for name, count in zip(names, bright, strict=True) if not 0 < count < SIDE * SIDE / 2]:
         raise UserError(f"a digit must be white on black, as MNIST's are: take out or invert {some(wrong)}")
