@@ -1,5 +1,6 @@
 """Write the report, as Markdown and as a page, and draw its figures."""
 
+from mnist_pipeline import paths
 from mnist_pipeline.architecture import describe
 from mnist_pipeline.backfill import backfill, missing
 from mnist_pipeline.data import FILES, load_additions, load_digits
@@ -8,19 +9,6 @@ from mnist_pipeline.files import sha256, write_text
 from mnist_pipeline.model import load_model
 from mnist_pipeline.page import render_page
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import (
-    ADDED,
-    CALIBRATION,
-    FIGURES,
-    HISTORY,
-    METRICS,
-    MODEL,
-    PAGE,
-    PREDICTIONS,
-    RAW,
-    REPORT,
-    STUDIES,
-)
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.reporting import draw_charts, load_results, render_report, write_figures
 from mnist_pipeline.tracking import Store, tolerant
@@ -29,21 +17,24 @@ from mnist_pipeline.tracking import Store, tolerant
 def main() -> None:
     params = load_params()
     provenance = trace("report")
-    digits = {part: load_digits(RAW, part) for part in ("train", "test")}
-    digits["added"] = load_additions(ADDED, RAW, params.data)
-    model = load_model(MODEL)
+    digits = {part: load_digits(paths.RAW, part) for part in ("train", "test")}
+    digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
+    model = load_model(paths.MODEL)
     layers = describe(model)
-    results = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, STUDIES)
-    charts = draw_charts(results, layers, model, params)
-    write_figures(FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
-    digests = {str(path): sha256(path) for path in [*(RAW / file for file in FILES), *sorted(ADDED.glob("*/*")), MODEL]}
+    results = load_results(
+        paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
+    )
+    charts = draw_charts(results, layers, model, params, digits["test"])
+    write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
+    images = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*"))]
+    digests = {str(path): sha256(path) for path in [*images, paths.MODEL]}
     report = render_report(params, digits, layers, results, digests)
-    write_text(REPORT, report)
-    write_text(PAGE, render_page(report, REPORT.parent, charts))
+    write_text(paths.REPORT, report)
+    write_text(paths.PAGE, render_page(report, paths.REPORT.parent, charts))
     with tolerant("the report"):
         store = Store()
         backfill(store, missing(store, "evaluate"))
-        store.add_to_run_of(MODEL, provenance)
+        store.add_to_run_of(paths.MODEL, provenance)
 
 
 if __name__ == "__main__":

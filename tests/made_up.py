@@ -8,8 +8,9 @@ from pathlib import Path
 from torch import full
 
 from mnist_pipeline.architecture import Layer, describe
+from mnist_pipeline.corruptions import CORRUPTIONS
 from mnist_pipeline.data import NO_DIGITS, Digits, load_digits
-from mnist_pipeline.evaluation import calibration, measure, predictions
+from mnist_pipeline.evaluation import calibration, corrupted_accuracies, measure, predictions
 from mnist_pipeline.figures import Chart
 from mnist_pipeline.files import write_csv, write_json, write_text
 from mnist_pipeline.model import Net, build_model
@@ -63,11 +64,23 @@ class MadeUpRun:
             for epoch in range(1, epochs + 1)
         ]
         found = probabilities.log()
-        metrics = measure(found, labels, disputed) | {"parameters": 19_210, "model_bytes": 81_432}
+        robustness = [
+            {
+                "corruption": corruption.name,
+                "family": corruption.family,
+                "accuracy": 0.95 - number / 100,
+                "loss": 0.2 + number / 10,
+                "calibration_error": 0.01 + number / 1000,
+            }
+            for number, corruption in enumerate(CORRUPTIONS)
+        ]
+        metrics = measure(found, labels, disputed) | corrupted_accuracies(robustness)
+        metrics |= {"parameters": 19_210, "model_bytes": 81_432}
         write_csv(directory / "history.csv", history)
         write_json(directory / "metrics.json", metrics)
         write_csv(directory / "predictions.csv", predictions(found, labels))
         write_csv(directory / "calibration.csv", calibration(found, labels))
+        write_csv(directory / "robustness.csv", robustness)
         seeds = [
             {
                 **{"seed": seed, "epochs": epochs, "seconds": 90.0, "test_accuracy": 0.99 + seed / 1000},
@@ -76,7 +89,7 @@ class MadeUpRun:
             for seed in range(3)
         ]
         write_csv(directory / "studies/specification.csv", seeds)
-        names = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv", "studies")
+        names = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv", "robustness.csv", "studies")
         return cls(directory, params, digits, load_results(*(directory / name for name in names)))
 
     @cached_property
@@ -89,7 +102,7 @@ class MadeUpRun:
 
     @cached_property
     def charts(self) -> dict[str, Chart]:
-        return draw_charts(self.results, self.layers, self.model, self.params)
+        return draw_charts(self.results, self.layers, self.model, self.params, self.digits["test"])
 
     @cached_property
     def report(self) -> str:

@@ -27,7 +27,16 @@ PIPELINE = [
     "src",
     "stages",
 ]
-REPORTS = ["calibration.csv", "figures", "history.csv", "metrics.json", "predictions.csv", "report.html", "report.md"]
+REPORTS = [
+    "calibration.csv",
+    "figures",
+    "history.csv",
+    "metrics.json",
+    "predictions.csv",
+    "report.html",
+    "report.md",
+    "robustness.csv",
+]
 
 
 @dataclass(frozen=True)

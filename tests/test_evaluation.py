@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mnist_pipeline.corruptions import CORRUPTIONS
 from mnist_pipeline.data import load_digits
-from mnist_pipeline.evaluation import calibration, calibration_error, measure, predictions
+from mnist_pipeline.evaluation import (
+    calibration,
+    calibration_error,
+    corrupted_accuracies,
+    family_means,
+    measure,
+    measure_robustness,
+    predictions,
+)
 from mnist_pipeline.inference import predict, score
 from mnist_pipeline.model import Net, build_model
 from mnist_pipeline.params import Params
@@ -107,6 +116,34 @@ def test_a_bin_reaches_from_above_its_lower_to_its_upper_end() -> None:
 def test_a_probability_of_one_is_in_the_last_bin(right: bool) -> None:
     rows = calibration(sure(1.0, 0.99), torch.tensor([0, 0]) if right else torch.tensor([1, 1]))
     assert rows == [{"images": 2, "confidence": pytest.approx(0.995), "accuracy": right}]
+
+
+def test_the_network_is_scored_under_each_corruption(small_data: Path, params: Params, model: Net) -> None:
+    device, digits = torch.device("cpu"), load_digits(small_data, "test")
+    rows = measure_robustness(model, digits, params.data, 64, device)
+    assert [(row["corruption"], row["family"]) for row in rows] == [(each.name, each.family) for each in CORRUPTIONS]
+    for row, corruption in zip(rows, CORRUPTIONS, strict=True):
+        images, labels = corruption.apply(digits).tensors(params.data, device)
+        metrics = measure(predict(model, images, 64), labels)
+        scores = ("accuracy", "loss", "calibration_error")
+        assert [row[score] for score in scores] == [metrics[f"test_{score}"] for score in scores]
+    assert len({row["loss"] for row in rows}) == len(rows)
+
+
+def test_the_means_are_those_over_the_corruptions_of_a_family() -> None:
+    rows = [
+        {"corruption": "a", "family": "geometric", "accuracy": 0.9, "loss": 0.1, "calibration_error": 0.02},
+        {"corruption": "b", "family": "geometric", "accuracy": 0.6, "loss": 0.7, "calibration_error": 0.04},
+        {"corruption": "c", "family": "non-geometric", "accuracy": 0.5, "loss": 1.5, "calibration_error": 0.3},
+    ]
+    assert family_means(rows) == {
+        "geometric": pytest.approx({"accuracy": 0.75, "loss": 0.4, "calibration_error": 0.03}),
+        "non-geometric": {"accuracy": 0.5, "loss": 1.5, "calibration_error": 0.3},
+    }
+    assert corrupted_accuracies(rows) == {
+        "test_corrupted_geometric_accuracy": pytest.approx(0.75),
+        "test_corrupted_non_geometric_accuracy": 0.5,
+    }
 
 
 def test_each_image_has_a_row_in_file_order(log_probabilities: Tensor) -> None:

@@ -1,5 +1,7 @@
 """The report's figures: what they show, and that they are drawn the same again."""
 
+import base64
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ import pytest
 from made_up import DIGITS, MISTAKES, MadeUpRun, params_with
 from PIL import Image
 
+from mnist_pipeline.corruptions import CORRUPTIONS
 from mnist_pipeline.figures import Chart, draw_filters, draw_reliability
 
 TEST = DIGITS["test"]
-CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "recipes"}
+CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "recipes"}
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,10 @@ def layers(chart: Chart) -> list[dict[str, Any]]:
     """Return the rows of each layer's data."""
     found = chart.to_dict()
     return [layer.get("data", found.get("data"))["values"] for layer in found.get("layer", [found])]
+
+
+def read_picture(url: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))))
 
 
 def test_the_figures_are_those_that_the_report_shows(run: MadeUpRun, figures: dict[str, bytes]) -> None:
@@ -97,6 +104,26 @@ def test_reliability_has_wilsons_intervals(images: int, accuracy: float, interva
     chart = draw_reliability([{"images": images, "confidence": 0.6, "accuracy": accuracy}])
     [row] = layers(chart)[1]
     assert (row["lowest"], row["highest"]) == pytest.approx(interval, abs=1e-4)
+
+
+def test_the_chart_of_corruptions_has_them_by_family_and_accuracy_below_the_images_as_they_are(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path)
+    run.results.robustness[0]["accuracy"] = 0.5  # the rotation
+    rows, _, means, *_ = layers(run.charts["corruptions"])
+    names = [corruption.name for corruption in CORRUPTIONS]
+    assert [row["corruption"] for row in rows] == ["none", *names[1:6], names[0], *names[6:]]
+    assert [row["accuracy"] for row in rows[:2]] == [0.985, 0.94]
+    assert [(row["mean"], row["first"], row["last"]) for row in means] == [
+        (pytest.approx((0.94 + 0.93 + 0.92 + 0.91 + 0.9 + 0.5) / 6), names[1], names[0]),
+        (pytest.approx(0.845), names[6], names[-1]),
+    ]
+
+
+def test_the_chart_of_corruptions_shows_the_first_test_images_under_each(run: MadeUpRun) -> None:
+    shown = {row["corruption"]: read_picture(row["digits"]) for row in layers(run.charts["corruptions"])[0]}
+    for name, digits in [("none", TEST), *((corruption.name, corruption.apply(TEST)) for corruption in CORRUPTIONS)]:
+        first = np.hstack(list(np.pad(digits.pixels[:5].numpy(), [(0, 0), (0, 0), (1, 1)])))
+        assert (shown[name] == 255 - np.kron(first, np.ones((4, 4), dtype=np.uint8))).all(), name
 
 
 def test_the_network_is_drawn_with_the_parameters_of_its_steps(run: MadeUpRun) -> None:

@@ -87,6 +87,7 @@ def test_the_first_repro_runs_all_stages(story: dict[str, Step]) -> None:
         "reports/predictions.csv",
         "reports/report.md",
         "reports/calibration.csv",
+        "reports/robustness.csv",
         "reports/report.html",
         "reports/figures/accuracy.png",
     ],
@@ -177,7 +178,7 @@ def test_dvc_shows_the_metrics(story: dict[str, Step]) -> None:
 def test_dvc_shows_the_plots(story: dict[str, Step], repository: Repository) -> None:
     assert "dvc_plots/index.html" in story["plots show"].said
     page = (repository.root / "dvc_plots/index.html").read_text(encoding="utf-8")
-    for title in ("Loss", "Accuracy", "Reliability", "Learning rate", "Mistakes on the test images"):
+    for title in ("Loss", "Accuracy", "Reliability", "Learning rate", "Mistakes on the test images", "corrupted"):
         assert title in page
 
 

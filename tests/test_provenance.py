@@ -160,7 +160,7 @@ def test_the_digest_of_an_input_is_that_of_the_file_or_of_the_directorys_list(re
         ("train", ["models/model.safetensors", "reports/history.csv"], []),
         (
             "evaluate",
-            ["reports/metrics.json", "reports/predictions.csv", "reports/calibration.csv"],
+            ["reports/metrics.json", *(f"reports/{name}.csv" for name in ("predictions", "calibration", "robustness"))],
             ["reports/metrics.json"],
         ),
         ("report", ["reports/report.html", "reports/report.md", "reports/figures"], []),
@@ -169,7 +169,7 @@ def test_the_digest_of_an_input_is_that_of_the_file_or_of_the_directorys_list(re
 def test_the_outputs_of_a_stage_are_those_that_it_declares(
     repository: Path, stage: str, outputs: list[str], metrics: list[str]
 ) -> None:
-    written = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv")
+    written = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv", "robustness.csv")
     for path in ("models/model.safetensors", *(f"reports/{name}" for name in written)):
         write(path)(repository)
     assert (trace(stage).outputs, trace(stage).metrics) == (outputs, metrics)

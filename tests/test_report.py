@@ -8,6 +8,7 @@ import pytest
 from made_up import DIGESTS, DIGITS, MISTAKES, MadeUpRun, params_with
 
 from mnist_pipeline import data
+from mnist_pipeline.corruptions import CORRUPTIONS
 from mnist_pipeline.data import DISPUTED, NO_DIGITS, Digits
 
 TEST = DIGITS["test"]
@@ -84,6 +85,7 @@ def test_the_report_has_its_sections(report: str) -> None:
         "Training log",
         "Test performance",
         "Calibration",
+        "Robustness",
         "Recipes",
         "Misclassified digits",
         "First-layer filters",
@@ -94,7 +96,7 @@ def test_the_report_has_its_sections(report: str) -> None:
 
 
 def test_all_rows_of_a_table_have_the_same_number_of_cells(report: str) -> None:
-    assert len(tables(report)) == 14
+    assert len(tables(report)) == 15
     for found in tables(report):
         assert {len(row) for row in found} == {len(found[0])}
         assert all(re.fullmatch(":?---:?", cell) for cell in found[1])
@@ -102,7 +104,7 @@ def test_all_rows_of_a_table_have_the_same_number_of_cells(report: str) -> None:
 
 def test_every_table_stands_apart_from_the_text(report: str) -> None:
     around = re.findall(r"(.*)\n((?:\|.*\n)+)(.*)", report)
-    assert len(around) == 14
+    assert len(around) == 15
     assert all(before == "" and after == "" for before, _, after in around)
 
 
@@ -205,6 +207,16 @@ def test_the_calibration_stands_bin_by_bin_with_its_error(report: str) -> None:
     ]
     error = (0.6 + 0.8 + 0.95 + 197 * 0.09) / 200
     assert f"over 15 bins of equal width, is **{error:.2%}**" in report
+
+
+def test_each_corruption_stands_below_the_images_as_they_are_with_its_scores(run: MadeUpRun, report: str) -> None:
+    none, *corrupted, geometric, non_geometric = table(report, "Family")
+    loss, error = (run.results.metrics[f"test_{name}"] for name in ("loss", "calibration_error"))
+    assert none == ["uncorrupted", "none", "98.50%", f"{loss:.4f}", f"{error:.2%}"]
+    assert [row[:2] for row in corrupted] == [[corruption.family, corruption.name] for corruption in CORRUPTIONS]
+    assert corrupted[1][2:] == ["94.00%", "0.3000", "1.10%"]
+    assert geometric == ["**geometric**", "**mean**", "**92.50%**", "**0.4500**", "**1.25%**"]  # of numbers 0 to 5
+    assert non_geometric == ["**non-geometric**", "**mean**", "**84.50%**", "**1.2500**", "**2.05%**"]  # 6 to 15
 
 
 def test_misclassified_images_come_by_confidence(run: MadeUpRun) -> None:

@@ -1,14 +1,22 @@
 """What a trained network gets right and wrong on the test images."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import groupby
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
-from mnist_pipeline.data import CLASSES
-from mnist_pipeline.inference import score
+from mnist_pipeline.corruptions import CORRUPTIONS
+from mnist_pipeline.data import CLASSES, Digits
+from mnist_pipeline.inference import predict, score
+from mnist_pipeline.params import DataParams
 
 BINS = 15
+SCORES = ("accuracy", "loss", "calibration_error")  # what is measured under each corruption
 
 
 def measure(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
@@ -54,6 +62,41 @@ def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
     """Return the expected calibration error: how far confidence and accuracy of a bin are apart, mean over images."""
     images = sum(row["images"] for row in bins)
     return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / images
+
+
+def measure_robustness(
+    model: nn.Module, digits: Digits, params: DataParams, batch_size: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return a row for each corruption: how the network, on the device, reads the digits corrupted by it.
+
+    One corrupted copy of the digits is held at a time.
+    """
+    rows = []
+    for corruption in tqdm(CORRUPTIONS, desc="Corrupting", unit="corruption", delay=2, leave=False, disable=None):
+        images, labels = corruption.apply(digits).tensors(params, device)
+        log_probabilities = predict(model, images, batch_size)
+        total = score(log_probabilities, labels)
+        error = calibration_error(calibration(log_probabilities, labels))
+        found = dict(zip(SCORES, (total.accuracy, total.loss, error), strict=True))
+        rows.append({"corruption": corruption.name, "family": corruption.family, **found})
+    return rows
+
+
+def family_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return, for each family of corruptions, the means over its rows, which follow one another."""
+    families = {family: list(members) for family, members in groupby(rows, key=lambda row: row["family"])}
+    return {
+        family: {measure: statistics.mean(row[measure] for row in members) for measure in SCORES}
+        for family, members in families.items()
+    }
+
+
+def corrupted_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean accuracy of each family of corruptions under the name of its metric."""
+    return {
+        f"test_corrupted_{family.replace('-', '_')}_accuracy": means["accuracy"]
+        for family, means in family_means(rows).items()
+    }
 
 
 def predictions(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, object]]:

@@ -1,5 +1,6 @@
 """The report's charts, drawn by Altair: interactive in report.html, as PNG files in report.md; and digits as images."""
 
+import base64
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the sa
 INK = "currentColor"  # of the page around it, light or dark; black in a PNG
 LOSSES = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # ticks of a logarithmic axis
 ENLARGED = 4  # a digit's pixel in its PNG
+ROW = 36  # pixels, of a chart with a row of digits
 
 
 def finished(chart: Chart) -> Chart:
@@ -59,15 +61,25 @@ def write_chart(path: Path, chart: Chart) -> None:
 
 def write_digit(path: Path, pixels: np.ndarray) -> None:
     """Write a digit (28, 28), black on white, enlarged."""
+    write_png(path, enlarge(pixels))
+
+
+def enlarge(pixels: np.ndarray) -> Image.Image:
+    """Return pixels (height, width), bright on dark, as a larger image, dark on bright."""
     image = Image.fromarray(255 - pixels)
-    write_png(path, image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST))
+    return image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
 
 
 def write_png(path: Path, image: Image.Image) -> None:
     """Write an image, whole or not at all."""
+    write_bytes(path, encode_png(image))
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return an image as a PNG file holds it."""
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
-    write_bytes(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def draw_learning_curve(history: Sequence[Row], quantity: str, monitor_name: str, published: Sequence[float]) -> Chart:
@@ -187,6 +199,64 @@ def draw_reliability(calibration: Sequence[Row]) -> Chart:
         ),
     )
     return finished(alt.layer(ideal, intervals, bins).properties(width=WIDTH, height=340))
+
+
+def draw_robustness(
+    rows: Sequence[Mapping[str, Any]], means: Mapping[str, float], examples: Mapping[str, np.ndarray]
+) -> Chart:
+    """Draw how far the accuracy of the first row, of images as they are, falls under each corruption of the others.
+
+    Beside it stand digits (N, 28, 28) that show what each does. Families follow one another, each with a line at its
+    mean, and in them the corruptions by accuracy.
+    """
+    shown = [rows[0], *sorted(rows[1:], key=lambda row: (row["family"], -row["accuracy"]))]
+    data, lines = [], []
+    for row in shown:
+        digits = np.pad(examples[row["corruption"]], [(0, 0), (0, 0), (1, 1)])  # apart from one another
+        picture = base64.b64encode(encode_png(enlarge(np.hstack(list(digits))))).decode()
+        data.append({**row, "uncorrupted": rows[0]["accuracy"], "digits": f"data:image/png;base64,{picture}"})
+    for family, mean in means.items():
+        names = [row["corruption"] for row in shown if row["family"] == family]
+        lines.append({"family": family, "mean": mean, "first": names[0], "last": names[-1]})
+    lowest = min(row["accuracy"] for row in shown)
+    pictures = "min(0.42 * width, 166)"  # pixels, as wide as a row's height allows
+    numbers = f"({pictures} + 54)"  # where they end, right of the pictures and left of the axis
+    ticks = [tick / 20 for tick in range(21) if tick / 20 > lowest]
+    y = alt.Y("corruption:N", title=None, sort=None, axis=alt.Axis(domain=False, ticks=False))
+    x = alt.X(
+        "accuracy:Q",
+        scale=alt.Scale(domain=[lowest, 1], range=[{"expr": f"{numbers} + 16"}, {"expr": "width"}], nice=False),
+        axis=alt.Axis(title="accuracy", titleAnchor="end", format=".0%", values=ticks, domain=False),
+    )
+    families = alt.Scale(domain=[rows[0]["family"], *means], range=[PUBLISHED, MONITOR, TRAIN])
+    base = alt.Chart(alt.Data(values=data)).encode(
+        y=y,
+        tooltip=[
+            "corruption:N",
+            alt.Tooltip("accuracy:Q", format=".2%"),
+            alt.Tooltip("loss:Q", format=".4f"),
+            alt.Tooltip("calibration_error:Q", title="calibration error", format=".2%"),
+        ],
+    )
+    colour = alt.Color("family:N", scale=families, legend=alt.Legend(values=[*means]))
+    layers = [
+        base.mark_image(align="left", height=ROW - 4, width=alt.ExprRef(pictures)).encode(
+            x=alt.value(0), url="digits:N"
+        ),
+        base.mark_rule(opacity=0.4).encode(x=x, x2="uncorrupted:Q"),
+        alt.Chart(alt.Data(values=lines))
+        .mark_rule(strokeDash=[4, 3])
+        .encode(
+            x="mean:Q",
+            y=alt.Y("first:N", sort=None),
+            y2="last:N",
+            color=colour,
+            tooltip=["family:N", alt.Tooltip("mean:Q", format=".2%")],
+        ),
+        base.mark_circle(size=70, opacity=1).encode(x=x, color=colour),
+        base.mark_text(align="right").encode(x=alt.value({"expr": numbers}), text=alt.Text("accuracy:Q", format=".2%")),
+    ]
+    return finished(alt.layer(*layers).properties(width=WIDTH, height=ROW * len(shown)))
 
 
 def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:

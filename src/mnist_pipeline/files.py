@@ -67,7 +67,12 @@ def read_text(path: Path) -> str:
 
 def read_csv(path: Path) -> list[dict[str, float]]:
     """Read a table of numbers under a header, one dictionary a row."""
-    return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(io.StringIO(read_text(path)))]
+    return [{name: float(value) for name, value in row.items()} for row in read_table(path)]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read a table under a header as text, one dictionary a row."""
+    return list(csv.DictReader(io.StringIO(read_text(path))))
 
 
 def sha256(path: Path) -> str:

@@ -1,7 +1,5 @@
 """Carry the figures of the last runs into the README, between the comments that mark their places (`make readme`)."""
 
-import csv
-import io
 import json
 import math
 import re
@@ -9,9 +7,20 @@ import statistics
 import textwrap
 
 from mnist_pipeline import specification
-from mnist_pipeline.files import read_text, write_text
+from mnist_pipeline.files import read_table, read_text, write_text
 from mnist_pipeline.params import load_params
-from mnist_pipeline.paths import BENCH, CALIBRATION, DIFF, DROPOUT, HISTORY, METRICS, PREDICTIONS, README, STUDIES
+from mnist_pipeline.paths import (
+    BENCH,
+    CALIBRATION,
+    DIFF,
+    DROPOUT,
+    HISTORY,
+    METRICS,
+    PREDICTIONS,
+    README,
+    ROBUSTNESS,
+    STUDIES,
+)
 from mnist_pipeline.recipes import load_studies, tabulate
 from mnist_pipeline.reporting import compare, load_results
 
@@ -41,7 +50,7 @@ def renew(readme: str) -> str:
 
 def results() -> str:
     """The main figures of the committed run beside the specification's, and how far they can be told apart."""
-    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, STUDIES)
+    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
     rows = compare(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)
@@ -65,7 +74,7 @@ def diff() -> str:
 
 def dropout() -> str:
     """Both kinds of dropout: each seed's accuracies, and their means."""
-    rows = list(csv.DictReader(io.StringIO(read_text(DROPOUT))))
+    rows = read_table(DROPOUT)
     lines = []
     for kind in sorted({row["dropout_kind"] for row in rows}, reverse=True):
         chosen = [row for row in rows if row["dropout_kind"] == kind]

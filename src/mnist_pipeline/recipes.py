@@ -1,7 +1,5 @@
 """Recipes, which are overlays of `params.yaml`, and what their studies found: the tables in reports/studies."""
 
-import csv
-import io
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import read_text
+from mnist_pipeline.files import read_table
 from mnist_pipeline.paths import EXPERIMENTS, STUDIES
 
 SPECIFICATION = "specification"  # the name of `params.yaml` as it is, among recipes
@@ -20,6 +18,8 @@ MEASURES = [  # what a study keeps of each seed's metrics
     "test_undisputed_accuracy",
     "test_loss",
     "test_calibration_error",
+    "test_corrupted_geometric_accuracy",
+    "test_corrupted_non_geometric_accuracy",
     "parameters",
 ]
 
@@ -74,7 +74,7 @@ class Study:
 
 def read_rows(table: Path) -> list[dict[str, str]]:
     """Read a study's table as it is, nothing where there is none."""
-    return list(csv.DictReader(io.StringIO(read_text(table)))) if table.exists() else []
+    return read_table(table) if table.exists() else []
 
 
 def load_studies(directory: Path = STUDIES) -> list[Study]:
@@ -109,7 +109,7 @@ def tabulate(studies: Sequence[Study]) -> list[list[str]]:
     The last column is `paired_p_value` against the first study, the specification's.
     """
     columns = ["Recipe", "Parameters", "Epochs", "Seeds", "Test accuracy", "Lowest to highest", "Undisputed images"]
-    columns += ["Calibration error", "Minutes a training", "p"]
+    columns += ["Calibration error", "Corrupted: geometric", "non-geometric", "Minutes a training", "p"]
     rows = []
     for study in studies:
         accuracies = study.values("test_accuracy")
@@ -124,6 +124,8 @@ def tabulate(studies: Sequence[Study]) -> list[list[str]]:
                 f"{min(accuracies):.2%} to {max(accuracies):.2%}",
                 f"{study.mean('test_undisputed_accuracy'):.3%}",
                 f"{study.mean('test_calibration_error'):.2%}",
+                f"{study.mean('test_corrupted_geometric_accuracy'):.2%}",
+                f"{study.mean('test_corrupted_non_geometric_accuracy'):.2%}",
                 f"{study.mean('seconds') / 60:.1f}",
                 p_value,
             ]

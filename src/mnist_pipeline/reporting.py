@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from mnist_pipeline import specification
 from mnist_pipeline.architecture import Layer
+from mnist_pipeline.corruptions import CORRUPTIONS
 from mnist_pipeline.data import CLASSES, SIDE, Digits
-from mnist_pipeline.evaluation import BINS
+from mnist_pipeline.evaluation import BINS, SCORES, family_means
 from mnist_pipeline.figures import (
     Chart,
     draw_confusion_matrix,
@@ -25,29 +26,32 @@ from mnist_pipeline.figures import (
     draw_learning_curve,
     draw_network,
     draw_reliability,
+    draw_robustness,
     draw_studies,
     write_chart,
     write_digit,
 )
-from mnist_pipeline.files import read_csv, read_text
+from mnist_pipeline.files import read_csv, read_table, read_text
 from mnist_pipeline.params import Params, flatten
 from mnist_pipeline.recipes import Study, load_studies, tabulate
 
 Row = dict[str, float]
+EXAMPLES = 5  # test images that the chart of corruptions shows
 
 
 @dataclass(frozen=True)
 class Results:
     """What there is to report.
 
-    The earlier stages wrote rows for epochs, test images and bins of confidence, and the test metrics; `mnist study`
-    the studies of recipes.
+    The earlier stages wrote rows for epochs, test images, bins of confidence and corruptions, and the test metrics;
+    `mnist study` the studies of recipes.
     """
 
     history: list[Row]
     metrics: dict[str, Any]
     predictions: list[Row]
     calibration: list[Row]
+    robustness: list[dict[str, Any]]
     studies: list[Study]
 
     @property
@@ -55,6 +59,20 @@ class Results:
         """The wrong predictions, the most confident first."""
         wrong = [row for row in self.predictions if row["prediction"] != row["label"]]
         return sorted(wrong, key=lambda row: (-row["probability"], row["index"]))
+
+    @property
+    def uncorrupted(self) -> dict[str, Any]:
+        """A row like those of the corruptions, of the test images as they are."""
+        return {
+            "corruption": "none",
+            "family": "uncorrupted",
+            **{name: self.metrics[f"test_{name}"] for name in SCORES},
+        }
+
+    @property
+    def family_means(self) -> dict[str, dict[str, float]]:
+        """The mean scores of each family of corruptions."""
+        return family_means(self.robustness)
 
     @property
     def confusion(self) -> np.ndarray:
@@ -65,7 +83,9 @@ class Results:
         return counts
 
 
-def load_results(history: Path, metrics: Path, predictions: Path, calibration: Path, studies: Path) -> Results:
+def load_results(
+    history: Path, metrics: Path, predictions: Path, calibration: Path, robustness: Path, studies: Path
+) -> Results:
     """Read what the earlier stages and the studies wrote.
 
     Raises:
@@ -76,6 +96,7 @@ def load_results(history: Path, metrics: Path, predictions: Path, calibration: P
         json.loads(read_text(metrics)),
         read_csv(predictions),
         read_csv(calibration),
+        [row | {name: float(row[name]) for name in SCORES} for row in read_table(robustness)],
         load_studies(studies),
     )
 
@@ -226,13 +247,18 @@ def steps_by_block(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
     return blocks
 
 
-def draw_charts(results: Results, layers: Sequence[Layer], model: nn.Module, params: Params) -> dict[str, Chart]:
+def draw_charts(
+    results: Results, layers: Sequence[Layer], model: nn.Module, params: Params, test: Digits
+) -> dict[str, Chart]:
     """Draw the report's charts, each under its name."""
     published = {
         "loss": specification.TEST_LOSS,
         "accuracy": [correct / specification.TEST_IMAGES for correct in specification.TEST_CORRECT],
     }
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    shown = test[:EXAMPLES]
+    examples = {corruption.name: corruption.apply(shown).pixels.numpy() for corruption in CORRUPTIONS}
+    examples[results.uncorrupted["corruption"]] = shown.pixels.numpy()
     studied = {study.name: study.values("test_accuracy") for study in results.studies}
     return {
         **{
@@ -243,6 +269,11 @@ def draw_charts(results: Results, layers: Sequence[Layer], model: nn.Module, par
         "filters": draw_filters(first.weight.detach().numpy()[:, 0]),
         "confusion_matrix": draw_confusion_matrix(results.confusion),
         "reliability": draw_reliability(results.calibration),
+        "corruptions": draw_robustness(
+            [results.uncorrupted, *results.robustness],
+            {family: means["accuracy"] for family, means in results.family_means.items()},
+            examples,
+        ),
         **({"recipes": draw_studies(studied, published["accuracy"][-1])} if studied else {}),
     }
 
