@@ -21,14 +21,11 @@ def main() -> None:
     digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
     model = load_model(paths.MODEL)
     layers = describe(model)
-    results = load_results(
-        paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
-    )
+    results = load_results()
     charts = draw_charts(results, layers, model, params, digits["test"])
     write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
-    images = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*"))]
-    digests = {str(path): sha256(path) for path in [*images, paths.MODEL]}
-    report = render_report(params, digits, layers, results, digests)
+    files = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*")), paths.MODEL]
+    report = render_report(params, digits, layers, results, {str(path): sha256(path) for path in files})
     write_text(paths.REPORT, report)
     write_text(paths.PAGE, render_page(report, paths.REPORT.parent, charts))
     with tolerant("the report"):
