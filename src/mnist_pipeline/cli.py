@@ -86,6 +86,26 @@ def study(recipe: str, seeds: int, validation: bool) -> None:
 
 
 @mnist.command()
+@click.option("--base", metavar="REV", required=True, help="The commit to compare with; all zeros: none.")
+@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option(
+    "--log",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="What `dvc repro` printed, which tells what ran; without it dvc.lock tells what differs from the base.",
+)
+@click.option("--artifacts", metavar="URL", help="Where CI keeps this run's outputs and pictures.")
+def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> None:
+    """Write what the workspace's run changed against a commit, as Markdown for a pull request's comment.
+
+    Pictures go into a directory beside FILE: FILE's name without its ending, and -pictures.
+    """
+    from mnist_pipeline.ci_report import write_ci_report
+
+    write_ci_report(base, out, log, artifacts)
+
+
+@mnist.command()
 @click.option("--host", default="127.0.0.1", help="Where to listen.")
 @click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any that is free.")
 @click.option(
