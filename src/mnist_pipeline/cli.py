@@ -61,14 +61,25 @@ def dropout() -> None:
 @mnist.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def experiment(recipe: str, arguments: tuple[str, ...]) -> None:
-    """Run a recipe of experiments/ as an experiment of DVC.
+@click.option(
+    "-S",
+    "--set-param",
+    "params",
+    metavar="KEY=VALUE",
+    multiple=True,
+    envvar="MNIST_PARAMS",
+    show_envvar=True,
+    help="Another value of a param; in the variable, several with spaces between them.",
+)
+def experiment(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...]) -> None:
+    """Run a recipe as an experiment of DVC.
 
-    Further arguments go to `dvc exp run`, such as --queue, --temp, --force or -S seed=1.
+    RECIPE is one of experiments/, or `specification` for params.yaml as it is. Further arguments go to `dvc exp run`,
+    such as --queue, --temp or --force.
     """
     from mnist_pipeline.study import run_experiment
 
-    sys.exit(run_experiment(recipe, arguments))
+    sys.exit(run_experiment(recipe, [*(f"--set-param={param}" for param in params), *arguments]))
 
 
 @mnist.command()

@@ -32,16 +32,18 @@ SPECIFICATION = "specification"
 MEASURES = ["test_accuracy", "test_undisputed_accuracy", "test_loss", "test_calibration_error", "parameters"]
 
 
-def recipe(name: str) -> Path:
-    """Return the overlay of a recipe.
+def recipe(name: str) -> Path | None:
+    """Return the overlay of a recipe, none for `specification`, which is `params.yaml` as it is.
 
     Raises:
         UserError: there is none of that name.
     """
+    if name == SPECIFICATION:
+        return None
     path = EXPERIMENTS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in EXPERIMENTS.glob("*.yaml")))
-        raise UserError(f"{path} is absent: the recipes are {known}")
+        raise UserError(f"{path} is absent: the recipes are {known} and {SPECIFICATION}")
     return path
 
 
@@ -49,7 +51,8 @@ def run_experiment(name: str, arguments: Sequence[str]) -> int:
     """Run a recipe as an experiment of DVC, with further arguments of `dvc exp run`; return its exit code."""
     overlay = recipe(name)
     load_params(overlay=overlay)
-    changes = [f"--set-param={key}={value}" for key, value in flatten(read_sections(overlay)).items()]
+    params = flatten(read_sections(overlay)) if overlay else {}
+    changes = [f"--set-param={key}={value}" for key, value in params.items()]
     return subprocess.run(["dvc", "exp", "run", "--name", name, *changes, *arguments], check=False).returncode
 
 
@@ -80,8 +83,8 @@ def study(name: str, seeds: int, validation: bool) -> None:
 
 
 def plan(name: str, seeds: int, validation: bool) -> list[Params]:
-    """Return the params of a study's trainings; the recipe `specification` is `params.yaml` as it is."""
-    params = load_params(overlay=None if name == SPECIFICATION else recipe(name))
+    """Return the params of a study's trainings."""
+    params = load_params(overlay=recipe(name))
     data = params.data.model_copy(update={"validation_size": VALIDATION_SIZE if validation else 0})
     return [params.model_copy(update={"seed": seed, "threads": 1, "data": data}) for seed in range(seeds)]
 
