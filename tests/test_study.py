@@ -28,7 +28,9 @@ def test_a_recipe_changes_params_that_there_are_within_the_budget(name: str) -> 
 
 
 def test_an_unknown_recipe_is_told_with_the_known_ones() -> None:
-    with pytest.raises(UserError, match=rf"experiments/worst.yaml is absent: the recipes are {', '.join(RECIPES)}"):
+    with pytest.raises(
+        UserError, match=rf"experiments/worst.yaml is absent: the recipes are {', '.join(RECIPES)} and specification$"
+    ):
         recipe("worst")
 
 
@@ -88,8 +90,17 @@ def test_a_study_trains_each_seed_once(tmp_path: Path) -> None:
 def test_a_recipe_runs_as_an_experiment_of_dvc(tmp_path: Path) -> None:
     repository = Repository.create(tmp_path).init()
     (tmp_path / "experiments/quick.yaml").write_text("train:\n  learning_rate: 0.002\n")
-    said = repository.run("mnist", "experiment", "quick", "-S", "seed=4")
+    said = repository.run("mnist", "experiment", "quick", "-S", "seed=4", MNIST_PARAMS="seed=5")
     assert said.returncode == 0, said.stdout
     (run,) = repository.runs()
     assert run.info.run_name == "quick"
     assert (run.data.params["train.learning_rate"], run.data.params["seed"]) == ("0.002", "4")
+
+
+@pytest.mark.pipeline
+def test_params_of_the_environment_stand_in_place_of_the_specifications(tmp_path: Path) -> None:
+    repository = Repository.create(tmp_path).init()
+    said = repository.run("mnist", "experiment", "specification", MNIST_PARAMS="seed=4 train.epochs=1")
+    assert said.returncode == 0, said.stdout
+    (run,) = repository.runs()
+    assert (run.data.params["seed"], run.data.params["train.epochs"]) == ("4", "1")

@@ -45,6 +45,7 @@ LONGEST = 80  # characters of a stranger's text
 STUDY = STUDIES / f"{SPECIFICATION}.csv"
 COUNTS = ("test_correct", "test_misclassified")
 PER_CLASS = "test_per_class_accuracy."
+VALIDATION = "data.validation_size"
 NONE = "–"
 
 
@@ -144,7 +145,7 @@ def check_out(revision: str, directory: Path) -> str:
     Raises:
         UserError: there is no such revision.
     """
-    if re.fullmatch("0{40}", revision):
+    if re.fullmatch("0{40,}", revision):
         return ""
     commit = git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
     if not commit:
@@ -379,19 +380,22 @@ def render_metrics(found: Retraining) -> list[str]:
     if cells[True]:
         lines.append(folded("By class", table(head, cells[True])))
     if found.before:
-        seeds = f"the {len(found.study)} seeds of `{STUDY}`" if len(found.study) > 1 else "no study"
+        deviations = ["\\*: of a share of images, by the binomial distribution"]
+        if len(found.study) > 1:
+            deviations.insert(0, f"of the {len(found.study)} seeds of `{STUDY}`")
         lines.append(
-            "Two runs that differ by their seeds alone are within the spread of each other 19 times in 20. "
-            f"It is 2√2 standard deviations: of {seeds}; \\* of a share of images, by the binomial distribution."
+            "Two runs that differ by their seeds alone are within the spread of each other 19 times in 20: 2√2 "
+            f"standard deviations ({'; '.join(deviations)})."
         )
     return lines
 
 
 def render_curves(found: Retraining) -> list[str]:
     """Draw both runs' accuracy and loss on the images that monitor a training."""
-    legend = "On the images that monitor the training, by epoch." + (
-        " Grey: base; blue: this run." if found.before else ""
-    )
+    monitors = ["validation" if state.params.get(VALIDATION) else "test" for state in (found.base, found.head) if state]
+    legend = f"By epoch, on the {monitors[-1]} images."
+    if found.before:
+        legend = f"By epoch. Grey: the base, on its {monitors[0]} images; blue: this run, on its {monitors[1]} images."
     return [legend, *(draw_curves(quantity, found) for quantity in ("accuracy", "loss"))]
 
 

@@ -98,11 +98,11 @@ def study(recipe: str, seeds: int, validation: bool) -> None:
 
 @mnist.command()
 @click.option("--base", metavar="REV", required=True, help="The commit to compare with; all zeros: none.")
-@click.option("--out", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False), required=True)
+@click.option("--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option(
     "--log",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="What `dvc repro` printed, which tells what ran; without it dvc.lock tells what differs from the base.",
 )
 @click.option("--artifacts", metavar="URL", help="Where CI keeps this run's outputs and pictures.")
