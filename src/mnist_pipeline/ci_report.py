@@ -319,7 +319,7 @@ def differences(found: Retraining) -> list[Difference]:
                 spread = 2 * math.sqrt(2) * deviation
                 verdict = "within" if abs(new - old) <= spread else "**beyond**"
                 mark = "" if over_seeds(name, found.study) else "*"
-                row = replace(row, spread=amount(name, spread) + mark, verdict=verdict)
+                row = replace(row, spread=amount(name, spread, more=1) + mark, verdict=verdict)
         rows.append(row)
     return rows
 
@@ -355,39 +355,39 @@ def value_of(name: str, value: object) -> str:
     return NONE if value is None else code(value)
 
 
-def amount(name: str, value: float, sign: str = "") -> str:
-    """Write how far two values of a metric are apart."""
+def amount(name: str, value: float, sign: str = "", more: int = 0) -> str:
+    """Write how far two values of a metric are apart, to as many places as they have and some more."""
     if "accuracy" in name or "error" in name:
-        return f"{100 * value:{sign}.2f} points"
-    return f"{value:{sign}.4f}" if "loss" in name else f"{value:{sign},.0f}"
+        return f"{100 * value:{sign}.{2 + more}f} points"
+    return f"{value:{sign},.{(4 if 'loss' in name else 0) + more}f}"
 
 
 def render_metrics(found: Retraining) -> list[str]:
-    """List the metrics that differ from the base's, those of single classes folded."""
+    """List the metrics that differ from the base's, those of single classes folded, and say what their spread is."""
     rows = differences(found)
     if not rows:
         return ["None changed."]
-    head = ["Metric", "Base", "This run", "Difference", "Spread", "Difference is"]
-    cells = {
-        by_class: [
-            [code(row.name), row.before, row.after, row.difference, row.spread, row.verdict]
-            for row in rows
-            if row.name.startswith(PER_CLASS) == by_class
-        ]
-        for by_class in (False, True)
-    }
-    lines = [table(head, cells[False])] if cells[False] else []
-    if cells[True]:
-        lines.append(folded("By class", table(head, cells[True])))
-    if found.before:
-        deviations = ["\\*: of a share of images, by the binomial distribution"]
-        if len(found.study) > 1:
-            deviations.insert(0, f"of the {len(found.study)} seeds of `{STUDY}`")
+    by_class = [row for row in rows if row.name.startswith(PER_CLASS)]
+    lines = [metrics_table([row for row in rows if row not in by_class])]
+    if by_class:
+        lines.append(folded("By class", metrics_table(by_class)))
+    sources = [f"of the {len(found.study)} seeds of `{STUDY}`"] if len(found.study) > 1 else []
+    if any(row.spread.endswith("*") for row in rows):
+        sources.append("\\*: of a share of images, by the binomial distribution")
+    if found.before and sources:
         lines.append(
             "Two runs that differ by their seeds alone are within the spread of each other 19 times in 20: 2√2 "
-            f"standard deviations ({'; '.join(deviations)})."
+            f"standard deviations ({'; '.join(sources)})."
         )
     return lines
+
+
+def metrics_table(rows: Sequence[Difference]) -> str:
+    """Return the table of some metrics."""
+    return table(
+        ["Metric", "Base", "This run", "Difference", "Spread", "Difference is"],
+        [[code(row.name), row.before, row.after, row.difference, row.spread, row.verdict] for row in rows],
+    )
 
 
 def render_curves(found: Retraining) -> list[str]:
@@ -442,15 +442,12 @@ def render_confusions(found: Retraining) -> list[str]:
 def compare_mistakes(found: Retraining) -> dict[str, list[tuple[Row, Row]]] | None:
     """Return the rows before and after of the images that are newly wrong and of those that are mended.
 
-    The surest mistakes come first. None: there are no two runs on the same images.
+    The surest mistakes come first. Return None where there are no two runs on images of the same labels.
     """
-    if found.before is None:
+    before = found.before.predictions if found.before else []
+    if [row["label"] for row in before] != [row["label"] for row in found.after.predictions]:
         return None
-    pairs = list(zip(found.before.predictions, found.after.predictions, strict=False))
-    if len(found.before.predictions) != len(found.after.predictions) or any(
-        old["label"] != new["label"] for old, new in pairs
-    ):
-        return None
+    pairs = list(zip(before, found.after.predictions, strict=True))
     new_mistakes = [(old, new) for old, new in pairs if right(old) and not right(new)]
     mended = [(old, new) for old, new in pairs if not right(old) and right(new)]
     return {
@@ -468,7 +465,7 @@ def render_mistakes(found: Retraining) -> list[str]:
     """List the mistakes that are new and those that are mended."""
     mistakes = compare_mistakes(found)
     if mistakes is None:
-        return ["The base has no predictions for these test images."]
+        return ["The base was tested on other images: no mistake can be told to be new."] if found.before else []
     lines = [f"**{len(mistakes['new']):,} new, {len(mistakes['mended']):,} mended.**"]
     for kind, pairs in mistakes.items():
         if not pairs:
