@@ -1,7 +1,7 @@
 # The project's vocabulary, the same for people, hooks and CI. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup repro backfill reproduce test check lock ui bench dropout diff readme
+.PHONY: help setup pull repro backfill reproduce test check lock ui bench dropout diff readme
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -26,6 +26,10 @@ setup: .venv/installed ## make .venv and install what the lock file names
 	pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	@rm .venv/lock; touch $@
 
+pull: setup ## bring data, model and earlier runs from DVC's remote, where there is one
+	@[ -z "$$(dvc config core.remote 2>/dev/null)" ] || dvc pull --run-cache --allow-missing || \
+		echo "warning: the remote did not give all: what is missing is made again" >&2
+
 repro: setup ## run the pipeline: only the stages whose inputs changed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --quiet --local core.no_scm true
 	dvc repro
@@ -38,10 +42,11 @@ backfill: setup ## give MLflow the run of outputs that DVC restored, or that it 
 test: setup ## run all tests: the quick ones, and real runs of `dvc repro` on 500 digits
 	pytest
 
-check: setup ## lint, format, types, and the lock file in step with pyproject.toml
+check: setup ## lint, format, types, workflows, and the lock file in step with pyproject.toml
 	ruff format --check
 	ruff check
 	mypy
+	zizmor --offline --quiet --strict-collection .github
 	@cp requirements.lock .venv/requirements.lock && $(COMPILE) .venv/requirements.lock
 	@cmp requirements.lock .venv/requirements.lock || { echo "error: requirements.lock is not in step with pyproject.toml: make lock" >&2; exit 1; }
 

@@ -21,7 +21,9 @@ def main() -> None:
     digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
     model = load_model(paths.MODEL)
     layers = describe(model)
-    results = load_results()
+    results = load_results(
+        paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
+    )
     charts = draw_charts(results, layers, model, params, digits["test"])
     write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
     files = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*")), paths.MODEL]

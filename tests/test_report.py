@@ -1,11 +1,11 @@
 """The report: every table whole, every figure computed, the checklist evaluated on the run."""
 
 import re
-from itertools import groupby
 from pathlib import Path
 
 import pytest
 from made_up import DIGESTS, DIGITS, MISTAKES, MadeUpRun, params_with
+from tables import rows, table, tables
 
 from mnist_pipeline import data
 from mnist_pipeline.corruptions import CORRUPTIONS
@@ -48,27 +48,6 @@ def as_many() -> dict[str, Digits]:
 def one_off(*places: int, digits: Digits = TEST) -> dict[int, tuple[int, float]]:
     """Take these images for the digit after theirs."""
     return {place: (int(digits.labels[place] + 1) % 10, 0.9) for place in places}
-
-
-def tables(markdown: str) -> list[list[list[str]]]:
-    """Return each table's rows of cells."""
-    runs = groupby(markdown.splitlines(), key=lambda line: line.startswith("|"))
-    return [
-        [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-        for is_table, lines in runs
-        if is_table
-    ]
-
-
-def table(markdown: str, *head: str) -> list[list[str]]:
-    """Return the rows of the table whose head begins with these cells, without it."""
-    [found] = [rows[2:] for rows in tables(markdown) if rows[0][: len(head)] == list(head)]
-    return found
-
-
-def rows(markdown: str) -> dict[str, list[str]]:
-    """Return the rows of all tables by their first cells."""
-    return {first: rest for table in tables(markdown) for first, *rest in table}
 
 
 def met(markdown: str) -> dict[str, bool]:

@@ -122,10 +122,19 @@ def test_a_recipe_runs_as_an_experiment_of_dvc(tmp_path: Path) -> None:
         "model:\n  channels: [4, 5, 4, 4, 4, 4]\n  bias: false\ntrain:\n  learning_rate: 0.002\n  optimizer: muon\n"
     )
     (tmp_path / "experiments/quick.yaml").write_text(overlay)
-    said = repository.run("mnist", "experiment", "quick", "-S", "seed=4")
+    said = repository.run("mnist", "experiment", "quick", "-S", "seed=4", MNIST_PARAMS="seed=5")
     assert said.returncode == 0, said.stdout
     (run,) = repository.runs()
     assert run.info.run_name == "quick"
     assert (run.data.params["train.learning_rate"], run.data.params["seed"]) == ("0.002", "4")
     assert (run.data.params["model.channels"], run.data.params["model.bias"]) == ("[4, 5, 4, 4, 4, 4]", "False")
     assert run.data.params["train.optimizer"] == "muon"
+
+
+@pytest.mark.pipeline
+def test_params_of_the_environment_stand_in_place_of_the_specifications(tmp_path: Path) -> None:
+    repository = Repository.create(tmp_path).init()
+    said = repository.run("mnist", "experiment", "specification", MNIST_PARAMS="seed=4 train.epochs=1")
+    assert said.returncode == 0, said.stdout
+    (run,) = repository.runs()
+    assert (run.data.params["seed"], run.data.params["train.epochs"]) == ("4", "1")

@@ -61,14 +61,25 @@ def dropout() -> None:
 @mnist.command(context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def experiment(recipe: str, arguments: tuple[str, ...]) -> None:
-    """Run a recipe of experiments/ as an experiment of DVC.
+@click.option(
+    "-S",
+    "--set-param",
+    "params",
+    metavar="KEY=VALUE",
+    multiple=True,
+    envvar="MNIST_PARAMS",
+    show_envvar=True,
+    help="Another value of a param; in the variable, several with spaces between them.",
+)
+def experiment(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...]) -> None:
+    """Run a recipe as an experiment of DVC.
 
-    Further arguments go to `dvc exp run`, such as --queue, --temp, --force or -S seed=1.
+    RECIPE is one of experiments/, or `specification` for params.yaml as it is. Further arguments go to `dvc exp run`,
+    such as --queue, --temp or --force.
     """
     from mnist_pipeline.study import run_experiment
 
-    sys.exit(run_experiment(recipe, arguments))
+    sys.exit(run_experiment(recipe, [*(f"--set-param={param}" for param in params), *arguments]))
 
 
 @mnist.command()
@@ -83,6 +94,26 @@ def study(recipe: str, seeds: int, validation: bool) -> None:
     from mnist_pipeline.study import study
 
     study(recipe, seeds, validation)
+
+
+@mnist.command()
+@click.option("--base", metavar="REV", required=True, help="The commit to compare with; all zeros: none.")
+@click.option("--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), required=True)
+@click.option(
+    "--log",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What `dvc repro` printed, which tells what ran; without it dvc.lock tells what differs from the base.",
+)
+@click.option("--artifacts", metavar="URL", help="Where CI keeps this run's outputs and pictures.")
+def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> None:
+    """Write what the workspace's run changed against a commit, as Markdown for a pull request's comment.
+
+    Pictures go into a directory beside FILE: FILE's name without its ending, and -pictures.
+    """
+    from mnist_pipeline.ci_report import write_ci_report
+
+    write_ci_report(base, out, log, artifacts)
 
 
 @mnist.command()

@@ -11,7 +11,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 import vl_convert
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from scipy.stats import binomtest
 
 from mnist_pipeline.architecture import Layer
@@ -28,6 +28,7 @@ INK = "currentColor"  # of the page around it, light or dark; black in a PNG
 LOSSES = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # ticks of a logarithmic axis
 ENLARGED = 4  # a digit's pixel in its PNG
 ROW = 36  # pixels, of a chart with a row of digits
+CAPTION = 14  # pixels, of its letters
 
 
 def finished(chart: Chart) -> Chart:
@@ -68,6 +69,20 @@ def enlarge(pixels: np.ndarray) -> Image.Image:
     """Return pixels (height, width), bright on dark, as a larger image, dark on bright."""
     image = Image.fromarray(255 - pixels)
     return image.resize((ENLARGED * image.width, ENLARGED * image.height), Image.Resampling.NEAREST)
+
+
+def write_sheet(path: Path, pictures: Sequence[tuple[str, Image.Image]], columns: int) -> None:
+    """Write pictures row by row into one on white, each under its caption."""
+    width = max(image.width for _, image in pictures) + CAPTION
+    height = max(image.height for _, image in pictures) + 2 * CAPTION
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * rows), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (caption, image) in enumerate(pictures):
+        left, top = place % columns * width + CAPTION // 2, place // columns * height
+        pen.text((left, top), caption, "black", ImageFont.load_default(CAPTION))
+        sheet.paste(image.convert("RGB"), (left, top + 3 * CAPTION // 2))
+    write_png(path, sheet.quantize(64))
 
 
 def write_png(path: Path, image: Image.Image) -> None:

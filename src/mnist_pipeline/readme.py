@@ -11,9 +11,15 @@ from mnist_pipeline.files import read_table, read_text, write_text
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import (
     BENCH,
+    CALIBRATION,
     DIFF,
     DROPOUT,
+    HISTORY,
+    METRICS,
+    PREDICTIONS,
     README,
+    ROBUSTNESS,
+    STUDIES,
 )
 from mnist_pipeline.recipes import load_studies, tabulate
 from mnist_pipeline.reporting import compare, load_results
@@ -44,7 +50,7 @@ def renew(readme: str) -> str:
 
 def results() -> str:
     """The main figures of the committed run beside the specification's, and how far they can be told apart."""
-    found = load_results()
+    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
     rows = compare(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)

@@ -33,7 +33,6 @@ from mnist_pipeline.figures import (
 )
 from mnist_pipeline.files import read_csv, read_table, read_text
 from mnist_pipeline.params import Params, flatten
-from mnist_pipeline.paths import CALIBRATION, HISTORY, METRICS, PREDICTIONS, REPORTS, ROBUSTNESS, STUDIES
 from mnist_pipeline.recipes import Study, load_studies, tabulate
 
 Row = dict[str, float]
@@ -84,16 +83,14 @@ class Results:
         return counts
 
 
-def load_results(reports: Path = REPORTS) -> Results:
-    """Read what the earlier stages and the studies wrote into a directory of reports.
+def load_results(
+    history: Path, metrics: Path, predictions: Path, calibration: Path, robustness: Path, studies: Path
+) -> Results:
+    """Read what the earlier stages and the studies wrote.
 
     Raises:
         UserError: a file is absent.
     """
-    history, metrics, predictions, calibration, robustness, studies = (
-        reports / path.relative_to(REPORTS)
-        for path in (HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
-    )
     return Results(
         read_csv(history),
         json.loads(read_text(metrics)),
