@@ -125,19 +125,18 @@ def look_at_candidate() -> Candidate:
     """
     try:
         metrics = json.loads(read_text(METRICS))
-        return Candidate(
-            accuracy=float(metrics["test_accuracy"]),
-            parameters=int(metrics["parameters"]),
-            calibration_error=float(metrics["test_calibration_error"]),
-            data_sha256=sha256_of_data({str(path): digest(path) for path in DATA}),
-            changed_files=differing(
-                ["git", "status", "--porcelain", "--", ".", *OUTPUTS],
-                lambda printed: [line[3:] for line in printed.splitlines()],
-            ),
-            changed_stages=differing(["dvc", "status", "--json"], lambda printed: list(json.loads(printed))),
-        )
+        measured = float(metrics["test_accuracy"]), int(metrics["parameters"]), float(metrics["test_calibration_error"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{METRICS} is not what evaluate writes: `dvc repro` makes it") from None
+    return Candidate(
+        *measured,
+        digest(RAW),
+        differing(
+            ["git", "status", "--porcelain", "--", ".", *OUTPUTS],
+            lambda printed: [line[3:] for line in printed.splitlines()],
+        ),
+        differing(["dvc", "status", "--json"], lambda printed: list(json.loads(printed))),
+    )
 
 
 def differing(command: Sequence[str], names: Callable[[str], list[str]]) -> list[str]:
