@@ -130,7 +130,7 @@ def look_at_candidate() -> Candidate:
         raise UserError(f"{METRICS} is not what evaluate writes: `dvc repro` makes it") from None
     return Candidate(
         *measured,
-        digest(RAW),
+        sha256_of_data({str(path): digest(path) for path in DATA}),
         differing(
             ["git", "status", "--porcelain", "--", ".", *OUTPUTS],
             lambda printed: [line[3:] for line in printed.splitlines()],
