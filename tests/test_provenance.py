@@ -142,7 +142,6 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "train.augmentation.shift": 0.0,
         "train.augmentation.scale": 0.0,
         "train.augmentation.shear": 0.0,
-        "train.augmentation.elastic": 0.0,
         "train.augmentation.clean_epochs": 0,
     }
 

@@ -8,17 +8,13 @@ from torch.nn import functional as F
 
 from mnist_pipeline.params import AugmentationParams
 
-ELASTIC_GRID = 5  # displacements a side, about six pixels apart
-
 
 def augment(images: Tensor, params: AugmentationParams) -> Tensor:
     """Turn, scale, shear and shift each image (N, 1, H, W) at random, drawn evenly up to the params either way.
 
-    Then deform it smoothly: a coarse grid of displacements, drawn normally, is enlarged to all pixels (in the manner of
-    Simard et al., 2003). Between pixels it interpolates bilinearly; from outside comes the border, which in MNIST is
-    background.
+    Between pixels it interpolates bilinearly; from outside comes the border, which in MNIST is background.
     """
-    if not any((params.rotation, params.scale, params.shear, params.shift, params.elastic)):
+    if not any((params.rotation, params.scale, params.shear, params.shift)):
         return images
 
     def draw(limit: float) -> Tensor:
@@ -30,8 +26,4 @@ def augment(images: Tensor, params: AugmentationParams) -> Tensor:
     across, down = (draw(2 * params.shift / side) for side in (images.shape[3], images.shape[2]))
     maps = torch.stack([cosine, shear - sine, across, sine, cosine, down], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(maps.to(images), list(images.shape), align_corners=False)
-    if params.elastic:
-        coarse = torch.randn(len(images), 2, ELASTIC_GRID, ELASTIC_GRID) * 2 / images.shape[3]
-        fine = F.interpolate(coarse.to(images), images.shape[2:], mode="bicubic", align_corners=True)
-        grid = grid + params.elastic * fine.permute(0, 2, 3, 1)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -64,7 +64,6 @@ class AugmentationParams(Section):
     shift: Annotated[float, Field(ge=0, le=28)]
     scale: Probability
     shear: Probability
-    elastic: Annotated[float, Field(ge=0, le=28)]
     clean_epochs: Annotated[int, Field(ge=0)]
 
 
