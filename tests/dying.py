@@ -46,7 +46,8 @@ def tell(**found: object) -> None:
 
 
 def aliases() -> dict[str, str]:
-    return dict(Store().client.get_registered_model("mnist").aliases)
+    found = Store().client.get_registered_model("mnist").aliases
+    return {alias: str(number) for alias, number in found.items()}
 
 
 if __name__ == "__main__":
