@@ -15,7 +15,7 @@ from mnist_pipeline.corruptions import CORRUPTIONS
 from mnist_pipeline.figures import Chart, draw_filters, draw_reliability
 
 TEST = DIGITS["test"]
-CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "recipes"}
+CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "studies"}
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +41,12 @@ def read_picture(url: str) -> np.ndarray:
 def test_the_figures_are_those_that_the_report_shows(run: MadeUpRun, figures: dict[str, bytes]) -> None:
     assert {f"figures/{path}" for path in figures} == set(re.findall(r"!\[.+?\]\((.+?)\)", run.report))
     assert figures.keys() == {f"{name}.png" for name in CHARTS} | {f"misclassified/{index}.png" for index in MISTAKES}
+
+
+def test_a_chart_shares_its_place_on_the_page_with_nothing_else(run: MadeUpRun) -> None:
+    places = re.findall(r'<(?:section|span)[^>]* id="([^"]+)"', run.page)
+    assert set(places) >= CHARTS | {"results", "robustness"}
+    assert len(set(places)) == len(places)
 
 
 def test_they_are_drawn_the_same_again(run: MadeUpRun, figures: dict[str, bytes], tmp_path: Path) -> None:

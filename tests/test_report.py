@@ -75,7 +75,7 @@ def test_the_report_has_its_sections(report: str) -> None:
 
 
 def test_all_rows_of_a_table_have_the_same_number_of_cells(report: str) -> None:
-    assert len(tables(report)) == 15
+    assert len(tables(report)) == 16
     for found in tables(report):
         assert {len(row) for row in found} == {len(found[0])}
         assert all(re.fullmatch(":?---:?", cell) for cell in found[1])
@@ -83,7 +83,7 @@ def test_all_rows_of_a_table_have_the_same_number_of_cells(report: str) -> None:
 
 def test_every_table_stands_apart_from_the_text(report: str) -> None:
     around = re.findall(r"(.*)\n((?:\|.*\n)+)(.*)", report)
-    assert len(around) == 15
+    assert len(around) == 16
     assert all(before == "" and after == "" for before, _, after in around)
 
 
@@ -196,6 +196,10 @@ def test_each_corruption_stands_below_the_images_as_they_are_with_its_scores(run
     assert corrupted[1][2:] == ["94.00%", "0.3000", "1.10%"]
     assert geometric == ["**geometric**", "**mean**", "**92.50%**", "**0.4500**", "**1.25%**"]  # of numbers 0 to 5
     assert non_geometric == ["**non-geometric**", "**mean**", "**84.50%**", "**1.2500**", "**2.05%**"]  # 6 to 15
+
+
+def test_the_corruptions_are_told_of_each_recipe(report: str) -> None:
+    assert table(report, "Corrupted test images") == [["specification", "**92.50%** ± 0.00", "**84.50%** ± 0.00"]]
 
 
 def test_misclassified_images_come_by_confidence(run: MadeUpRun) -> None:

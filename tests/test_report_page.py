@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 pytestmark = pytest.mark.pipeline
 
-CHARTS = ["loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions"]
+CHARTS = ["loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "studies"]
 A4 = 718  # pixels between the margins of a sheet
 
 

@@ -109,7 +109,7 @@ def tabulate(studies: Sequence[Study]) -> list[list[str]]:
     The last column is `paired_p_value` against the first study, the specification's.
     """
     columns = ["Recipe", "Parameters", "Epochs", "Seeds", "Test accuracy", "Lowest to highest", "Undisputed images"]
-    columns += ["Calibration error", "Corrupted: geometric", "non-geometric", "Minutes a training", "p"]
+    columns += ["Calibration error", "Minutes a training", "p"]
     rows = []
     for study in studies:
         accuracies = study.values("test_accuracy")
@@ -124,8 +124,6 @@ def tabulate(studies: Sequence[Study]) -> list[list[str]]:
                 f"{min(accuracies):.2%} to {max(accuracies):.2%}",
                 f"{study.mean('test_undisputed_accuracy'):.3%}",
                 f"{study.mean('test_calibration_error'):.2%}",
-                f"{study.mean('test_corrupted_geometric_accuracy'):.2%}",
-                f"{study.mean('test_corrupted_non_geometric_accuracy'):.2%}",
                 f"{study.mean('seconds') / 60:.1f}",
                 p_value,
             ]

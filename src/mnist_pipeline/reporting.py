@@ -274,7 +274,7 @@ def draw_charts(
             {family: means["accuracy"] for family, means in results.family_means.items()},
             examples,
         ),
-        **({"recipes": draw_studies(studied, published["accuracy"][-1])} if studied else {}),
+        **({"studies": draw_studies(studied, published["accuracy"][-1])} if studied else {}),
     }
 
 
