@@ -106,14 +106,15 @@ def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -
 def tabulate(studies: Sequence[Study]) -> list[list[str]]:
     """Return a table, its header first, of what studies found: means over the seeds, accuracies with their spread.
 
-    The last column is `paired_p_value` against the first study, the specification's.
+    The last column is `paired_p_value` against the specification's study, where there is one.
     """
     columns = ["Recipe", "Parameters", "Epochs", "Seeds", "Test accuracy", "Lowest to highest", "Undisputed images"]
     columns += ["Calibration error", "Minutes a training", "p"]
     rows = []
+    reference = next((study for study in studies if study.name == SPECIFICATION), None)
     for study in studies:
         accuracies = study.values("test_accuracy")
-        p_value = f"{paired_p_value(study, studies[0]):.3f}" if study is not studies[0] else ""
+        p_value = f"{paired_p_value(study, reference):.3f}" if reference and study is not reference else ""
         rows.append(
             [
                 study.name,
