@@ -22,7 +22,6 @@ PIPELINE = [
     "data/added/.gitignore",
     "dvc.yaml",
     "experiments",
-    "reports/studies",
     "params.yaml",
     "src",
     "stages",
@@ -57,6 +56,8 @@ class Repository:
             else:
                 shutil.copy(ROOT / name, root / name)
         shutil.copy(DATA / "SHA256SUMS", root / "data")
+        (root / "reports/studies").mkdir(parents=True)
+        (root / "reports/studies/.gitkeep").touch()  # as a repository without studies would keep the directory
         for name, value in {"threads": 1, "epochs": 2, "batch_size": 64, **params}.items():
             repository.set_param(name, value)
         return repository

@@ -21,13 +21,24 @@ from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, write_csv, write_json, write_text
 from mnist_pipeline.model import build_model, save_model
 from mnist_pipeline.params import flatten, load_params
-from mnist_pipeline.paths import CALIBRATION, FIGURES, HISTORY, METRICS, MODEL, PAGE, PREDICTIONS, RAW, REPORT
+from mnist_pipeline.paths import (
+    CALIBRATION,
+    FIGURES,
+    HISTORY,
+    METRICS,
+    MODEL,
+    PAGE,
+    PREDICTIONS,
+    RAW,
+    REPORT,
+    ROBUSTNESS,
+)
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.tracking import Store
 
 DATA = Path(__file__).parent / "data"
 STAGES = ["train", "evaluate", "report"]
-MADE_UP = [PREDICTIONS, CALIBRATION, REPORT, PAGE, FIGURES / "curves.png"]
+MADE_UP = [PREDICTIONS, CALIBRATION, ROBUSTNESS, REPORT, PAGE, FIGURES / "curves.png"]
 OUTPUTS = {str(path) for path in [MODEL, HISTORY, METRICS, *MADE_UP]}
 
 

@@ -23,6 +23,7 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(ROOT / name, tmp_path)
     shutil.copytree(DATA, tmp_path / "data/raw")
     (tmp_path / "data/added").mkdir()
+    (tmp_path / "reports/studies").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     return tmp_path

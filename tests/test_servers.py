@@ -184,7 +184,12 @@ def workspace(root: Path, uri: str, **params: object) -> Repository:
 
 
 def outputs(repository: Repository, *patterns: str) -> dict[str, bytes]:
-    found = [path for pattern in patterns for path in repository.root.glob(pattern) if path.is_file()]
+    found = [
+        path
+        for pattern in patterns
+        for path in repository.root.glob(pattern)
+        if path.is_file() and path.name != ".gitkeep"
+    ]
     return {str(path.relative_to(repository.root)): path.read_bytes() for path in found}
 
 

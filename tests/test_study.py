@@ -74,6 +74,7 @@ def test_two_studies_are_compared_seed_by_seed() -> None:
     worse = made_up("fast", *(0.995 + seed / 1e5 for seed in range(10)))
     assert paired_p_value(study, worse) == pytest.approx(2 / 2**10)  # of all signs, all alike: either way
     assert paired_p_value(study, made_up("fast", *(0.995 + seed / 1e5 for seed in range(3)))) == pytest.approx(2 / 2**3)
+    assert paired_p_value(study, made_up("fast", 0.99)) == 1
     mixed = made_up("fast", *(0.996 + seed / 1e5 + (-1) ** seed / 1e4 for seed in range(10)))
     assert paired_p_value(study, mixed) > 0.5
 

@@ -51,7 +51,10 @@ class Step:
 def train(repository: Repository, **variables: str) -> Step:
     process = repository.stage("train", PYTHONDONTWRITEBYTECODE="1", **variables)
     files = [path for name in ("models", "reports", ".checkpoints") for path in (repository.root / name).rglob("*")]
-    return Step(process, sorted(str(path.relative_to(repository.root)) for path in files if path.is_file()))
+    return Step(
+        process,
+        sorted(str(path.relative_to(repository.root)) for path in files if path.is_file() and path.name != ".gitkeep"),
+    )
 
 
 # Without git, as from a source archive

@@ -88,12 +88,15 @@ def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -
     """Return how likely a difference in means as large would be, by chance, between two studies of the same seeds.
 
     Under the hypothesis that the recipes are equal, each seed's difference is as likely one way as the other: of all
-    ways to flip their signs, it is the share with as large a mean (Fisher's permutation test for pairs, both sides).
+    ways to flip their signs, it is the share with as large a mean (Fisher's permutation test for pairs, both sides). One
+    seed tells nothing: 1.
     """
     from scipy.stats import permutation_test  # slow to import
 
     values, others = (dict(zip(each.seeds, each.values(measure), strict=True)) for each in (study, other))
     common = sorted(values.keys() & others.keys())
+    if len(common) < 2:
+        return 1.0
     found = permutation_test(
         ([values[seed] for seed in common], [others[seed] for seed in common]),
         lambda first, second, axis: np.mean(first - second, axis=axis),
