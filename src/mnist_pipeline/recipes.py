@@ -88,8 +88,8 @@ def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -
     """Return how likely a difference in means as large would be, by chance, between two studies of the same seeds.
 
     Under the hypothesis that the recipes are equal, each seed's difference is as likely one way as the other: of all
-    ways to flip their signs, it is the share with as large a mean (Fisher's permutation test for pairs, both sides). One
-    seed tells nothing: 1.
+    ways to flip their signs, it is the share with as large a mean (Fisher's permutation test for pairs, both sides).
+    One seed tells nothing: 1.
     """
     from scipy.stats import permutation_test  # slow to import
 
