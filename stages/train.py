@@ -6,6 +6,7 @@ from mnist_pipeline.console import TrainingLog
 from mnist_pipeline.data import load_training_data
 from mnist_pipeline.errors import run
 from mnist_pipeline.files import write_csv
+from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model, save_model
 from mnist_pipeline.params import load_params
 from mnist_pipeline.paths import ADDED, HISTORY, MODEL, RAW
@@ -17,7 +18,8 @@ from mnist_pipeline.training import start_training, train
 def work() -> None:
     params = load_params()
     provenance = trace("train")
-    with parallel.join(params, provenance) as group:
+    device = set_up_torch(params.threads)
+    with parallel.join(params.train.processes, provenance, device) as group:
         parts = load_training_data(RAW, ADDED, params.data, params.seed)
         digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
         training = start_training(build_model(params.model, params.seed).to(group.device), params.train, group)

@@ -48,9 +48,11 @@ class Checkpoint:
         """Bring a training to where it was interrupted and return the id of its MLflow run.
 
         Without a checkpoint, or with a damaged one, which is named, return None with the training as it was. Of a group
-        all restore what the first process finds.
+        all restore what the leading process finds.
         """
-        found = self.path.read_bytes() if training.group.leads and self.path.exists() else b""
+        found = b""
+        if training.group.leads and self.path.exists():
+            found = self.path.read_bytes() or b"0"  # an empty file is damaged, not absent
         if not (content := training.group.send(found)):
             return None
         try:

@@ -26,7 +26,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_text, sha256, write_text
-from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.params import Params
 from mnist_pipeline.paths import REQUIREMENTS
 from mnist_pipeline.provenance import Provenance, commit
@@ -35,6 +34,7 @@ CPU = torch.device("cpu")
 RESTARTS = 3  # of all processes, each time that one has died
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 NODES, ENDPOINT = "PET_NNODES", "PET_RDZV_ENDPOINT"  # of torchrun: its options --nnodes and --rdzv-endpoint
+DRIVES = "MNIST_DRIVES"  # in the environment of those processes that this machine's pipeline has started
 # Each start of the processes gets a store of its own to meet in: a shared one has the addresses of dead processes.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 
@@ -42,16 +42,19 @@ OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 class Group:
     """The processes that train together, seen from one. In a group of one nothing is shared, and nothing is sent."""
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = CPU) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = CPU, drives: bool = True) -> None:
         self.rank = rank
         self.size = size
         self.device = device
+        ranks = torch.zeros(size, dtype=torch.int64, device=device)
+        ranks[rank] = drives
+        self.leader = int(self.sum(ranks).argmax())  # the first that drives; among several machines any may have rank 0
         self.batch_size = 0  # images of the batch that was shared last
 
     @property
     def leads(self) -> bool:
         """Whether this process is the one that writes, tracks and speaks."""
-        return self.rank == 0
+        return self.rank == self.leader
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's part of a batch that all of them hold; parts differ by one image at most."""
@@ -70,10 +73,11 @@ class Group:
         """Return the sum of a tensor over the processes; gradients flow back to each."""
         return values if self.size == 1 else cast("Tensor", Sum.apply(values))
 
-    def send(self, content: bytes, source: int = 0) -> bytes:
-        """Return in every process what the one of rank `source` has."""
+    def send(self, content: bytes, source: int | None = None) -> bytes:
+        """Return in every process what the one of rank `source` has, or the leading one."""
         if self.size == 1:
             return content
+        source = self.leader if source is None else source
         length = torch.tensor(len(content), device=self.device)
         dist.broadcast(length, source)
         sent = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
@@ -83,15 +87,15 @@ class Group:
         return sent.cpu().numpy().tobytes()
 
     def require_same(self, name: str, value: str) -> None:
-        """Compare what must be the same in all processes, such as a digest, with what the first one has.
+        """Compare what must be the same in all processes, such as a digest, with what the leading one has.
 
         Raises:
             UserError: some process has something else. All of them raise it.
         """
-        for rank in range(1, self.size):
-            first, other = self.send(value.encode()), self.send(value.encode(), source=rank)
-            if first != other:
-                raise UserError(f"{name} is {other.decode()} in process {rank} and {first.decode()} in the first one")
+        for rank in range(self.size):
+            leaders, other = self.send(value.encode()), self.send(value.encode(), source=rank)
+            if leaders != other:
+                raise UserError(f"{name} is {other.decode()} in process {rank}, {leaders.decode()} in the leading one")
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Return what stands for a model in a step of training: it has the model's very weights and statistics."""
@@ -112,6 +116,7 @@ def launch(work: Callable[[], None], params: Params) -> None:
 
     When a process dies, all are started again, some times; the work is to go on from what it has kept. The variables
     of torchrun spread the processes over machines: `NODES` says on how many, `ENDPOINT` (host:port) where they meet.
+    The machine that calls this leads; the others run torchrun.
 
     Raises:
         UserError: the work raised it, or has failed for good.
@@ -136,7 +141,7 @@ def launch(work: Callable[[], None], params: Params) -> None:
         )
     for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):
         logging.getLogger(noisy).setLevel(logging.CRITICAL)  # of a process that died, `join` tells
-    os.environ.setdefault(OWN_STORE, "1")
+    os.environ |= {DRIVES: "1", OWN_STORE: "1"}
     with tempfile.TemporaryDirectory() as temporary:
         mistake = Path(temporary) / "mistake"
         config = LaunchConfig(
@@ -185,25 +190,24 @@ def interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def join(params: Params, provenance: Provenance) -> Iterator[Group]:
-    """Set torch up and give the group that this process belongs to. Only the first of its processes prints.
+def join(processes: int, provenance: Provenance, device: torch.device) -> Iterator[Group]:
+    """Give the group that this process belongs to, of one where `launch` started no others. Only its leader prints.
 
     Raises:
         UserError: torchrun started another number of processes than the params say, or one of them would train
             something else: with another commit, other versions of packages, other code, params or data.
     """
-    device = set_up_torch(params.threads)
     if not dist.is_torchelastic_launched():
         yield Group(device=device)
         return
-    if (started := int(os.environ["WORLD_SIZE"])) != params.train.processes:
-        raise UserError(f"train.processes is {params.train.processes}, and torchrun started {started}: make them equal")
+    if (started := int(os.environ["WORLD_SIZE"])) != processes:
+        raise UserError(f"train.processes is {processes}, and torchrun started {started}: make them equal")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        group = Group(dist.get_rank(), started, device)
+        group = Group(dist.get_rank(), started, device, drives=DRIVES in os.environ)
         group.require_same("the commit", commit()["git_commit"])
         group.require_same(f"the SHA-256 of {REQUIREMENTS}", sha256(REQUIREMENTS))
         group.require_same("the fingerprint of code, params and data", provenance.fingerprint)
