@@ -62,9 +62,8 @@ BAD_FILES = {
         ["train.epochs is missing", "train.epoch is unknown", "choose from processes, epochs, "],
     ),
     # types
-    "exponent without a point": (changed("train.learning_rate", "1e-3"), ["train.learning_rate", "(write 0.001)"]),
-    "small exponent": (changed("train.weight_decay", "1e-5"), ["train.weight_decay", "(write 0.00001)"]),
-    "exponent for an integer": (changed("report.gallery_size", "1e2"), ["report.gallery_size", "(write 100)"]),
+    "quoted exponent": (changed("train.weight_decay", "'1e-5'"), ["train.weight_decay", "(write 0.00001)"]),
+    "exponent for an integer": (changed("report.gallery_size", "1e2"), ["report.gallery_size", "integer", "100.0"]),
     "quoted integer": (changed("train.epochs", "'14'"), ["train.epochs", "valid integer", "'14'", "(write 14)"]),
     "quoted float": (changed("data.std", '"0.3081"'), ["data.std", "valid number", "(write 0.3081)"]),
     "word for a number": (changed("model.dropout", "none"), ["model.dropout", "valid number", "the text 'none'"]),
@@ -179,7 +178,7 @@ def test_what_would_be_refused_again_is_not_advised(tmp_path: Path, word: str) -
 def test_a_stage_with_bad_params_ends_with_one_line_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed("train.learning_rate", "1e-3")(tmp_path / "params.yaml")
+    changed("train.learning_rate", "low")(tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(signal, "signal", lambda number, handler: None)
     with pytest.raises(SystemExit) as ended:
@@ -189,3 +188,13 @@ def test_a_stage_with_bad_params_ends_with_one_line_and_writes_nothing(
     assert len(message.splitlines()) == 1
     assert capsys.readouterr() == ("", "")
     assert [path.name for path in tmp_path.rglob("*")] == ["params.yaml"]
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", "+1e-03", ".1e-2"])
+def test_a_number_is_what_dvc_takes_it_for(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(
+        REAL.decode().replace("learning_rate: 0.001", f"learning_rate: {text}"),
+        encoding="utf-8",
+    )
+    assert load_params(path).train.learning_rate == 0.001

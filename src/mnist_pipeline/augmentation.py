@@ -30,5 +30,7 @@ def augment(images: Tensor, params: AugmentationParams, group: Group | None = No
     across, down = (draw(2 * params.shift / side) for side in (images.shape[3], images.shape[2]))
     maps = torch.stack([cosine, shear - sine, across, sine, cosine, down], dim=1).view(-1, 2, 3)
     maps = group.share(maps) if group else maps
+    if not len(images):  # a share may be empty, a grid may not
+        return images
     grid = F.affine_grid(maps.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -33,7 +33,8 @@ from mnist_pipeline.provenance import Provenance, commit
 CPU = torch.device("cpu")
 RESTARTS = 3  # of all processes, each time that one has died
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
-NODES, ENDPOINT = "PET_NNODES", "PET_RDZV_ENDPOINT"  # of torchrun: its options --nnodes and --rdzv-endpoint
+# Of torchrun, its options --nnodes, --rdzv-endpoint and --local-addr.
+NODES, ENDPOINT, ADDRESS = "PET_NNODES", "PET_RDZV_ENDPOINT", "PET_LOCAL_ADDR"
 DRIVES = "MNIST_DRIVES"  # in the environment of those processes that this machine's pipeline has started
 # Each start of the processes gets a store of its own to meet in: a shared one has the addresses of dead processes.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -115,8 +116,8 @@ def launch(work: Callable[[], None], params: Params) -> None:
     """Do work in as many processes as the params say; in this one, if one is enough or torchrun started it.
 
     When a process dies, all are started again, some times; the work is to go on from what it has kept. The variables
-    of torchrun spread the processes over machines: `NODES` says on how many, `ENDPOINT` (host:port) where they meet.
-    The machine that calls this leads; the others run torchrun.
+    of torchrun spread the processes over machines: `NODES` says on how many, `ENDPOINT` (host:port) where they meet:
+    on the machine that calls this, which leads. The others run torchrun.
 
     Raises:
         UserError: the work raised it, or has failed for good.
@@ -127,6 +128,7 @@ def launch(work: Callable[[], None], params: Params) -> None:
         return
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # slow to import
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     given = os.environ.get(NODES, "1")
@@ -151,7 +153,8 @@ def launch(work: Callable[[], None], params: Params) -> None:
             run_id="none",  # torchrun's, unless it is given another
             rdzv_backend="c10d",
             rdzv_endpoint=os.environ.get(ENDPOINT, "localhost:0"),
-            local_addr=None if nodes > 1 else "localhost",
+            rdzv_configs={"is_host": True},
+            local_addr=os.environ.get(ADDRESS) or (None if nodes > 1 else "localhost"),
             max_restarts=RESTARTS,
             logs_specs=DefaultLogsSpecs(log_dir=temporary),
         )
@@ -159,6 +162,9 @@ def launch(work: Callable[[], None], params: Params) -> None:
             elastic_launch(config, attempt)(work, mistake)
         except SignalException:
             raise KeyboardInterrupt from None
+        except RendezvousError as error:
+            why = f"{type(error).__name__}: {error}".strip(": ")
+            raise UserError(f"the machines did not meet at {config.rdzv_endpoint}, or one has left ({why})") from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode > 0:

@@ -1,5 +1,6 @@
 """`params.yaml`, parsed once into frozen types that refuse what they do not know."""
 
+import re
 from collections.abc import Mapping
 from decimal import Decimal
 from pathlib import Path
@@ -16,6 +17,20 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 and so DVC do; to PyYAML alone, of YAML 1.1, it is text."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> object:
+    """Parse YAML."""
+    return yaml.load(text, Loader)  # noqa: S506 (it is a SafeLoader)
 
 
 class Section(BaseModel):
@@ -152,7 +167,7 @@ def read_sections(path: Path) -> dict[str, Any]:
         UserError: it is absent, no YAML, or holds something else.
     """
     try:
-        content: object = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is absent: restore it with `git checkout {path}`") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -203,7 +218,7 @@ def known_keys(location: tuple[int | str, ...]) -> list[str]:
 
 
 def describe(value: object) -> str:
-    """Name a value as its writer would: YAML reads `1e-3` as text, so the number it was meant to be is said."""
+    """Name a value as its writer would; of text, the number that it was meant to be is said."""
     match value:
         case None:
             return "empty"

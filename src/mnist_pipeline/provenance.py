@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
 import yaml
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256, sha256_of_directory
-from mnist_pipeline.params import Params, flatten, load_params
+from mnist_pipeline.params import Params, flatten, load_params, load_yaml
 from mnist_pipeline.paths import ADDED, LOCK, MODEL, PARAMS, PIPELINE, RAW, REPORTS
 
 OUTPUTS = [f":!{path}" for path in (MODEL.parent, REPORTS, LOCK)]  # what a run itself changes makes no tree dirty
@@ -124,7 +125,7 @@ def title() -> str:
 def committed_params() -> dict[str, object]:
     """Return the commit's params by their names, none where its file does not hold any."""
     try:
-        return flatten(yaml.safe_load(git("show", f"HEAD:./{PARAMS}")))
+        return flatten(cast("dict[str, Any]", load_yaml(git("show", f"HEAD:./{PARAMS}"))))
     except (yaml.YAMLError, AttributeError):
         return {}
 

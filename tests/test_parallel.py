@@ -1,0 +1,286 @@
+"""One training in several processes: the same curve as in one, through deaths, and on two hosts."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from repository import DATA, Repository
+
+from mnist_pipeline.files import read_table
+
+pytestmark = pytest.mark.pipeline
+
+TOLERANCE = 1e-3  # of a loss, relative: sums in another order, over some tens of steps
+# 300 digits in batches of 23: the last one has a single image, so that some of four processes have none.
+VARIED = {
+    "batch_size": 23,
+    "epochs": 3,
+    "averaging": 0.9,
+    "rotation": 10.0,
+    "shift": 1.0,
+    "clean_epochs": 1,
+    "label_smoothing": 0.1,
+}
+TORCHRUN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def workspace(root: Path, **params: object) -> Repository:
+    repository = Repository.create(root, **params)
+    shutil.copytree(DATA, root / "data/raw")
+    return repository
+
+
+def history(repository: Repository) -> list[dict[str, str]]:
+    return read_table(repository.root / "reports/history.csv")
+
+
+def outputs(repository: Repository) -> list[bytes]:
+    return [(repository.root / name).read_bytes() for name in ("models/model.safetensors", "reports/history.csv")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The history of a training in one process."""
+    repository = workspace(tmp_path_factory.mktemp("alone"), **VARIED)
+    assert repository.stage("train").returncode == 0
+    return history(repository)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_curve_of_one(tmp_path: Path, alone: list[dict[str, str]], processes: int) -> None:
+    repository = workspace(tmp_path, processes=processes, **VARIED)
+    finished = repository.stage("train")
+    assert finished.returncode == 0, finished.stdout
+    for found, expected in zip(history(repository), alone, strict=True):
+        for name in ("train_loss", "monitor_loss"):
+            assert float(found[name]) == pytest.approx(float(expected[name]), rel=TOLERANCE), name
+        # One image more or less of 300, or of 200: a tie may fall the other way.
+        assert float(found["train_accuracy"]) == pytest.approx(float(expected["train_accuracy"]), abs=1.01 / 300)
+        assert float(found["monitor_accuracy"]) == pytest.approx(float(expected["monitor_accuracy"]), abs=1.01 / 200)
+    assert len(re.findall("^Epoch: ", finished.stdout, re.MULTILINE)) == len(alone)  # one of them speaks
+    [run] = repository.runs()  # and tracks
+    assert repository.steps(run) == [1, 2, 3]
+    assert run.data.params["train.processes"] == str(processes)
+
+
+def workers_of(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    if not children.exists():
+        pytest.skip("the processes are found by Linux's /proc")
+    found = children.read_text(encoding="utf-8").split()
+    return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def after_an_epoch(process: "subprocess.Popen[str]", act: Callable[[], object]) -> str:
+    """Do something once the first epoch is whole, and return what the process said."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("Epoch: "):
+            act()
+            break
+    said += process.stdout.read()
+    process.wait()
+    return said
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """What two processes write that nothing disturbs."""
+    repository = workspace(tmp_path_factory.mktemp("pair"), processes=2, epochs=8, batch_size=32)
+    assert repository.stage("train").returncode == 0
+    return outputs(repository)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_is_killed_is_started_again_and_the_run_is_the_same(
+    tmp_path: Path, pair: list[bytes], victim: int
+) -> None:
+    repository = workspace(tmp_path, processes=2, epochs=8, batch_size=32)
+    process = repository.start(sys.executable, "stages/train.py")
+    said = after_an_epoch(process, lambda: os.kill(workers_of(process.pid)[victim], signal.SIGKILL))
+    assert process.returncode == 0, said
+    assert "A process died: all start again, 1 of at most 3 times" in said
+    assert "Going on after epoch" in said
+    assert "Traceback" not in said
+    assert outputs(repository) == pair
+    [run] = repository.runs()
+    assert run.info.status == "FINISHED"
+    assert repository.steps(run, "monitor_loss") == list(range(1, 9))
+    assert list(tmp_path.glob(".checkpoints/*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -> None:
+    repository = workspace(tmp_path, processes=2, epochs=100, batch_size=32)
+    process = repository.start(sys.executable, "stages/train.py")
+    workers: list[int] = []
+
+    def interrupt() -> None:
+        workers.extend(workers_of(process.pid))
+        process.send_signal(number)
+
+    said = after_an_epoch(process, interrupt)  # ends when the last process that could write has ended
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    assert len(workers) == 2
+    assert [run.info.status for run in repository.runs()] == ["KILLED"]
+
+
+def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
+    repository = workspace(tmp_path, processes=2, learning_rate="1.0e+30")
+    finished = repository.stage("train")
+    assert finished.returncode == 1
+    assert finished.stdout.count("error: epoch 1: the loss is not finite") == 1
+    assert "Traceback" not in finished.stdout
+
+
+def test_a_mistake_of_the_leading_process_alone_is_said_once(tmp_path: Path) -> None:
+    repository = workspace(tmp_path, processes=2)
+    finished = repository.stage("train", MNIST_TRACKING="required", MLFLOW_TRACKING_URI="http://localhost:1")
+    assert finished.returncode == 1
+    assert len(re.findall("^error: MLflow at http://localhost:1 failed", finished.stdout, re.MULTILINE)) == 1
+    assert "Traceback" not in finished.stdout
+
+
+def test_more_threads_than_cores_are_warned_of(tmp_path: Path) -> None:
+    cores = os.cpu_count() or 1
+    repository = workspace(tmp_path, processes=2, threads=cores, epochs=1)
+    finished = repository.stage("train")
+    assert finished.returncode == 0, finished.stdout
+    assert f"warning: train.processes and threads make {2 * cores} threads on the {cores} cores" in finished.stdout
+
+
+def torchrun(repository: Repository, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return repository.run(*torchrun_command(*arguments), **TORCHRUN)
+
+
+def torchrun_command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "torchrun"), *arguments, "stages/train.py"]
+
+
+def test_torchrun_must_start_as_many_processes_as_the_params_say(tmp_path: Path) -> None:
+    finished = torchrun(workspace(tmp_path, processes=3), "--standalone", "--nproc-per-node=1")
+    assert finished.returncode != 0
+    assert "error: train.processes is 3, and torchrun started 1" in finished.stdout
+
+
+def test_torchruns_machines_must_have_as_many_processes_each(tmp_path: Path) -> None:
+    finished = workspace(tmp_path, processes=3).stage("train", PET_NNODES="2")
+    assert finished.returncode == 1
+    assert finished.stdout.startswith("error: train.processes must be a multiple of PET_NNODES, and is 3")
+
+
+@contextmanager
+def two_machines(root: Path, changed: Callable[[Path], object]) -> Iterator[tuple[Repository, Repository]]:
+    """Give two repositories, equal but for a change in the second."""
+    first = workspace(root / "first", processes=2, **VARIED)
+    shutil.copytree(first.root, root / "second")
+    changed(root / "second")
+    yield first.init(), Repository(root / "second").init()
+
+
+def unused_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def train_on_two(
+    first: Repository, second: Repository, endpoint: str, on: tuple[list[str], list[str]] = ([], [])
+) -> tuple[str, int, str]:
+    """Run the stage on the first machine and torchrun on the second; return what both said and the first's code."""
+    options = [
+        "--nnodes=2",
+        "--nproc-per-node=1",
+        "--max-restarts=3",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}",
+    ]
+    other = second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
+    variables = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": endpoint}
+    finished = first.run(*on[0], sys.executable, "stages/train.py", **variables)
+    said, _ = other.communicate()
+    return finished.stdout, finished.returncode, said
+
+
+def other_lock(root: Path) -> None:
+    path = root / "requirements.lock"
+    path.write_text(path.read_text(encoding="utf-8") + "# another\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [(other_lock, "the SHA-256 of requirements.lock"), (lambda root: (root / "new").touch(), "the commit")],
+    ids=["lock file", "commit"],
+)
+def test_a_worker_with_something_else_is_refused_and_both_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: Callable[[Path], object], what: str
+) -> None:
+    monkeypatch.setenv("GIT_AUTHOR_DATE", "2026-01-01T00:00:00Z")
+    monkeypatch.setenv("GIT_COMMITTER_DATE", "2026-01-01T00:00:00Z")
+    with two_machines(tmp_path, changed) as (first, second):
+        if what != "the commit":  # the same commit all the same
+            shutil.rmtree(second.root / ".git")
+            shutil.copytree(first.root / ".git", second.root / ".git")
+        said, code, _ = train_on_two(first, second, f"localhost:{unused_port()}")
+    assert code == 1
+    assert re.search(
+        rf"^error: {what} is [0-9a-f]{{40,64}} in process \d, [0-9a-f]{{40,64}} in the", said, re.MULTILINE
+    )
+
+
+@contextmanager
+def hosts() -> Iterator[tuple[list[str], list[str]]]:
+    """Give two hosts, 10.99.0.1 and 10.99.0.2, joined by a cable: what runs a command on each."""
+    name = f"mnist{os.getpid()}"
+    first, second = f"{name}a", f"{name}b"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    with ExitStack() as undo:
+        try:
+            for host in (first, second):
+                ip("netns", "add", host)
+                undo.callback(ip, "netns", "delete", host)
+            ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+            for host, address in ((first, "10.99.0.1/24"), (second, "10.99.0.2/24")):
+                ip("-netns", host, "address", "add", address, "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    ip("-netns", host, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this machine makes no network namespaces: {error}")
+        yield ["ip", "netns", "exec", first], ["ip", "netns", "exec", second]
+
+
+@pytest.mark.parametrize("driver", [0, 1])
+def test_two_hosts_train_as_one_and_only_the_driving_one_writes(
+    tmp_path: Path, alone: list[dict[str, str]], driver: int
+) -> None:
+    with hosts() as on, two_machines(tmp_path, lambda root: None) as (first, second):
+        shutil.rmtree(second.root / ".git")
+        shutil.copytree(first.root / ".git", second.root / ".git")
+        # No resolver knows the name of such a host, so each says by which address the other reaches it.
+        for number, command in enumerate(on, start=1):
+            command.extend(["env", f"PET_LOCAL_ADDR=10.99.0.{number}", "GLOO_SOCKET_IFNAME=eth0"])
+        endpoint = f"10.99.0.{driver + 1}:29400"
+        said, code, others = train_on_two(first, second, endpoint, (on[driver], on[1 - driver]))
+    assert code == 0, said + others
+    for found, expected in zip(history(first), alone, strict=True):
+        assert float(found["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=TOLERANCE)
+    assert not (second.root / "models").exists()
+    assert not (second.root / "mlflow.db").exists()
+    assert "Epoch" not in others
+    [run] = first.runs()
+    assert json.loads(run.data.params["train.processes"]) == 2
