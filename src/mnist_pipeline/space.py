@@ -23,8 +23,7 @@ from mnist_pipeline.recipes import SPECIFICATION, overlay_of
 from mnist_pipeline.trial import VALIDATION_SIZE, alone
 
 Part = TypeVar("Part", bound=Section)
-SECTIONS = ("seed", "data", "model", "train")  # what a training reads and a sweep may search
-FIXED = ("data.validation_size",)  # but this, which makes accuracies comparable
+SECTIONS = ("seed", "model", "train")  # what may be searched; the images stay the same
 DIGITS = 4  # significant ones of a number that is searched: enough to tell two apart, few enough to read
 
 
@@ -99,6 +98,8 @@ def load_space(path: Path) -> Space:
     """
     if not re.fullmatch(r"\w[\w-]*", path.stem) or path.stem == SPECIFICATION:
         raise UserError(f"{path}: its name becomes a recipe's, which is letters, digits, - and _, not {path.stem!r}")
+    if not path.is_file():
+        raise UserError(f"{path} is absent: it must name params to search, such as `params: {{train.epochs: [2, 4]}}`")
     file = parse(SpaceFile, read_sections(path), f"{path}: ")
     try:
         base = load_params(overlay=overlay_of(file.recipe))
@@ -106,8 +107,7 @@ def load_space(path: Path) -> Space:
         raise UserError(f"{path}: recipe: {error}") from None
     if not file.params:
         raise UserError(f"{path}: params must name what to search, such as train.learning_rate, and is empty")
-    flat = flatten({section: getattr(base, section) for section in SECTIONS})
-    known = {key: value for key, value in flat.items() if key not in FIXED}
+    known = flatten({section: getattr(base, section) for section in SECTIONS})
     for key in file.params:
         if key not in known:
             raise UserError(f"{path}: params.{key} is unknown: choose from {', '.join(known)}")

@@ -33,7 +33,7 @@ from mnist_pipeline.workers import Workers, place_of, workers
 
 MARK = "# Found by `mnist sweep"  # begins the overlay of a winner: what does not begin so is not ours to replace
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # Optuna's FAIL is of a point that is drawn once more
-NUMBER, LOSS, FAILURE = "number", "monitor_loss", "failure"  # what a trial keeps besides its curve
+NUMBER, LOSS, FAILURE = "number", "monitor_loss", "failure"  # what is kept of a trial besides its curve
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -103,20 +103,17 @@ class Search:
             raise UserError(f"{database} cannot be used ({str(error).splitlines()[0]}): move it away") from None
         self.study.pruner = optuna.pruners.MedianPruner()
         for trial in self.study.get_trials(states=[TrialState.RUNNING]):  # when a process before us was killed
-            self.study.enqueue_trial(trial.params, {NUMBER: self.number_of(trial)})
+            self.study.enqueue_trial(trial.params, trial.user_attrs)
             self.study.tell(trial.number, state=TrialState.FAIL)
 
     def ended(self) -> list[FrozenTrial]:
         """Return the trials that are done, by their numbers."""
-        return sorted(self.study.get_trials(deepcopy=False, states=ENDED), key=self.number_of)
-
-    def number_of(self, trial: FrozenTrial | optuna.Trial) -> int:
-        """Return a trial's number, which it keeps when it is run again."""
-        return int(trial.user_attrs.get(NUMBER, trial.number))
+        ended = self.study.get_trials(deepcopy=False, states=ENDED)
+        return sorted(ended, key=lambda trial: int(trial.user_attrs[NUMBER]))
 
     def name_of(self, trial: FrozenTrial | optuna.Trial) -> str:
-        """Return a trial's name, also in MLflow."""
-        return f"{self.space.name}-{self.number_of(trial)}"
+        """Return a trial's name, also in MLflow, which it keeps when it is run again."""
+        return f"{self.space.name}-{trial.user_attrs[NUMBER]}"
 
     def draw(self) -> optuna.Trial:
         """Draw the next point: one that was left running, else one that no trial has.
@@ -126,11 +123,14 @@ class Search:
         """
         sampler: type[optuna.samplers.BaseSampler] = optuna.samplers.TPESampler
         while True:
-            others = self.study.get_trials(deepcopy=False, states=[*ENDED, TrialState.RUNNING])
-            seed = np.random.SeedSequence([self.space.base.seed, len(self.study.get_trials(deepcopy=False))])
+            before = self.study.get_trials(deepcopy=False)
+            others = [trial for trial in before if trial.state in (*ENDED, TrialState.RUNNING)]
+            seed = np.random.SeedSequence([self.space.base.seed, len(before)])
             self.study.sampler = sampler(seed=int(seed.generate_state(1)[0]))  # type: ignore[call-arg]
             trial = self.study.ask(dict(self.space.distributions))
             if self.space.values(trial.params) not in [self.space.values(other.params) for other in others]:
+                if NUMBER not in trial.user_attrs:
+                    trial.set_user_attr(NUMBER, len({other.user_attrs.get(NUMBER) for other in before} - {None}))
                 return trial
             self.study.tell(trial, state=TrialState.FAIL)
             sampler = optuna.samplers.RandomSampler  # where points are few, the best is drawn over and over
