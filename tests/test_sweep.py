@@ -193,6 +193,17 @@ def test_a_trial_that_fails_is_left_behind(
 
 
 @pytest.mark.pipeline
+def test_where_ray_is_absent_it_is_told_how_to_get_it(repository: Repository) -> None:
+    (repository.root / "ray").mkdir()
+    write(repository.root / "ray/__init__.py", "raise ImportError\n")
+    write(repository.root / "few.yaml", "params:\n  train.learning_rate: [0.1, 0.2]\n")
+    command = ["mnist", "sweep", "few.yaml", "--trials", "1", "--ray", "127.0.0.1:6379"]
+    said = repository.run(*command, PYTHONPATH=f"src{os.pathsep}.")
+    assert said.returncode == 1
+    assert said.stdout == 'error: --ray needs Ray, which is absent: `pip install --editable ".[cluster]"`\n'
+
+
+@pytest.mark.pipeline
 def test_what_ends_the_sweep_runs_again_with_the_same_params(
     repository: Repository, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
+from mnist_pipeline.checkpoint import Checkpoint
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.params import load_params
@@ -160,6 +161,7 @@ class Search:
             return f"{self.name_of(trial)} is interrupted"
         with self.lock:
             if row is None:
+                Checkpoint(trace("train", params).fingerprint).remove()
                 return self.end(trial, TrialState.PRUNED)
             trial.set_user_attr(LOSS, float(row[LOSS]))
             return self.end(trial, TrialState.COMPLETE, float(row["monitor_accuracy"]))
