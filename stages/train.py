@@ -1,5 +1,6 @@
-"""Train the network and write its weights and the history of its epochs."""
+"""Train the network, in one process or in several, and write its weights and the history of its epochs."""
 
+from mnist_pipeline import parallel
 from mnist_pipeline.checkpoint import Checkpoint
 from mnist_pipeline.console import TrainingLog
 from mnist_pipeline.data import load_training_data
@@ -14,26 +15,30 @@ from mnist_pipeline.tracking import training_run
 from mnist_pipeline.training import start_training, train
 
 
-def main() -> None:
+def work() -> None:
     params = load_params()
     provenance = trace("train")
     device = set_up_torch(params.threads)
-    parts = load_training_data(RAW, ADDED, params.data, params.seed)
-    digits, monitor = (part.tensors(params.data, device) for part in parts.values())
-    training = start_training(build_model(params.model, params.seed).to(device), params.train)
-    checkpoint = Checkpoint(provenance.fingerprint)
-    interrupted = checkpoint.restore(training)
-    log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
-    with training_run(provenance, parts, training, interrupted) as tracked:
-        for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):
-            checkpoint.save(training, tracked.id)
-            tracked.log_epoch(result)
-            log.on_epoch(result)
-        write_csv(HISTORY, [result.row() for result in training.history])
-        save_model(training.network, MODEL, params.model, params.data)
-        tracked.log_model(training.network, MODEL, example=monitor[0][:2])
-    checkpoint.remove()
+    with parallel.join(params.train.processes, provenance, device) as group:
+        parts = load_training_data(RAW, ADDED, params.data, params.seed)
+        digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
+        training = start_training(build_model(params.model, params.seed).to(group.device), params.train, group)
+        checkpoint = Checkpoint(provenance.fingerprint)
+        interrupted = checkpoint.restore(training)
+        log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
+        if not group.leads:
+            list(train(training, digits, monitor, params.train, params.seed))
+            return
+        with training_run(provenance, parts, training, interrupted) as tracked:
+            for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):
+                checkpoint.save(training, tracked.id)
+                tracked.log_epoch(result)
+                log.on_epoch(result)
+            write_csv(HISTORY, [result.row() for result in training.history])
+            save_model(training.network, MODEL, params.model, params.data)
+            tracked.log_model(training.network, MODEL, example=monitor[0][:2])
+        checkpoint.remove()
 
 
 if __name__ == "__main__":
-    run(main)
+    run(lambda: parallel.launch(work, load_params()))

@@ -23,6 +23,7 @@ PIPELINE = [
     "dvc.yaml",
     "experiments",
     "params.yaml",
+    "requirements.lock",
     "src",
     "stages",
 ]

@@ -59,7 +59,7 @@ BAD_FILES = {
     "missing nested key": (without("train.scheduler.gamma"), ["train.scheduler.gamma is missing"]),
     "two mistakes": (
         written(REAL.replace(b"epochs:", b"epoch:")),
-        ["train.epochs is missing", "train.epoch is unknown", "choose from epochs, "],
+        ["train.epochs is missing", "train.epoch is unknown", "choose from processes, epochs, "],
     ),
     # types
     "exponent without a point": (changed("train.learning_rate", "1e-3"), ["train.learning_rate", "(write 0.001)"]),

@@ -29,6 +29,9 @@ class Net(nn.Module):
         c1, c2, c3, c4, c5, c6 = params.channels
         bias = params.bias
 
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(params.pooling, stride=2, padding=(params.pooling - 1) // 2)
+
         def dropout() -> nn.Module:
             return DROPOUT[params.dropout_kind](params.dropout)
 
@@ -40,7 +43,7 @@ class Net(nn.Module):
                 conv2=nn.Conv2d(c1, c2, 3, padding=1, bias=bias),
                 bn2=nn.BatchNorm2d(c2),
                 relu2=nn.ReLU(),
-                pool1=nn.MaxPool2d(2),
+                pool1=pool(),
                 dropout1=dropout(),
             )
         )
@@ -52,7 +55,7 @@ class Net(nn.Module):
                 conv4=nn.Conv2d(c3, c4, 3, padding=1, bias=bias),
                 bn4=nn.BatchNorm2d(c4),
                 relu4=nn.ReLU(),
-                pool2=nn.MaxPool2d(2),
+                pool2=pool(),
                 dropout2=dropout(),
             )
         )

@@ -43,6 +43,7 @@ class ModelParams(Section):
 
     channels: Annotated[list[Count], Field(min_length=6, max_length=6)]
     bias: bool
+    pooling: Literal[2, 3]
     dropout: Probability
     dropout_kind: Literal["element", "channel"]
     parameter_budget: Count
@@ -70,6 +71,7 @@ class AugmentationParams(Section):
 class TrainParams(Section):
     """What one training does."""
 
+    processes: Annotated[int, Field(ge=1, le=1024)]
     epochs: Count
     batch_size: Count
     precision: Literal["float32", "bfloat16"]

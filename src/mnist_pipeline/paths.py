@@ -6,6 +6,7 @@ PARAMS = Path("params.yaml")
 EXPERIMENTS = Path("experiments")  # recipes, each an overlay of the params
 PIPELINE = Path("dvc.yaml")
 LOCK = Path("dvc.lock")
+REQUIREMENTS = Path("requirements.lock")
 
 RAW = Path("data/raw")
 DIGESTS = Path("data/SHA256SUMS")

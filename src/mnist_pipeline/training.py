@@ -15,6 +15,7 @@ from mnist_pipeline.augmentation import augment
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.inference import Score, predict, score
 from mnist_pipeline.optimizer import build_optimizers
+from mnist_pipeline.parallel import Group
 from mnist_pipeline.params import TrainParams
 
 MONITOR_BATCH_SIZE = 1000  # images; bounds memory
@@ -50,13 +51,15 @@ class EpochResult:
 class Training:
     """A training between two epochs: the next epoch depends on this, on the data, the params and the seed alone.
 
-    `average` is the exponential moving average of the model's weights, where it is wanted.
+    `average` is the exponential moving average of the model's weights, where it is wanted; `group` are the processes
+    that train together, of which each has all of this.
     """
 
     model: nn.Module
     optimizers: list[Optimizer]
     average: AveragedModel | None
     history: list[EpochResult]
+    group: Group
 
     @property
     def network(self) -> nn.Module:
@@ -64,12 +67,12 @@ class Training:
         return self.average.module if self.average else self.model
 
 
-def start_training(model: nn.Module, params: TrainParams) -> Training:
-    """Return a training of the model that has no epoch behind it."""
+def start_training(model: nn.Module, params: TrainParams, group: Group | None = None) -> Training:
+    """Return a training of the model, by a group or by this process alone, that has no epoch behind it."""
     average = None
     if params.averaging:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.averaging))
-    return Training(model, build_optimizers(model, params), average, history=[])
+    return Training(model, build_optimizers(model, params), average, [], group or Group())
 
 
 def learning_rate(params: TrainParams, progress: float) -> float:
@@ -107,46 +110,47 @@ def train(
 ) -> Iterator[EpochResult]:
     """Train on from where `training` stands, epoch by epoch, and yield the result of each.
 
-    Images are normalised (N, 1, 28, 28), labels (N,), on the model's device. Every image is used once an epoch, the
-    last batch holding what is left. `on_batch` hears each batch's number, from 0, and its mean loss.
-
-    Raises:
-        UserError: a loss is not finite.
+        Images are normalised (N, 1, 28, 28), labels (N,), on the model's device. Every image is used once an epoch, the
+    XX
+        Raises:
+            UserError: a loss is not finite.
     """
     images, labels = digits
-    model, optimizers = training.model, training.optimizers
+    model, optimizers, group = training.model, training.optimizers, training.group
+    network = group.distribute(model)
     for epoch in range(len(training.history) + 1, params.epochs + 1):
         seed_epoch(seed, epoch)
         model.train()
         augmentation = params.augmentation if epoch <= params.epochs - params.augmentation.clean_epochs else None
         loss_sum = torch.zeros((), dtype=torch.float64, device=images.device)
-        correct = torch.zeros((), dtype=torch.int64, device=images.device)
+        correct = torch.zeros((), dtype=torch.float64, device=images.device)
         batches = torch.randperm(len(images)).to(images.device).split(params.batch_size)
         for number, batch in enumerate(batches):
             rate = learning_rate(params, epoch - 1 + number / len(batches))
-            seen = augment(images[batch], augmentation) if augmentation else images[batch]
+            share = group.share(batch)
+            seen = augment(images[share], augmentation, group) if augmentation else images[share]
             with torch.autocast(images.device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
-                log_probabilities = model(seen)
-            loss = smoothed_loss(log_probabilities, labels[batch], params.label_smoothing)
+                log_probabilities = network(seen)
+            loss = smoothed_loss(log_probabilities, labels[share], params.label_smoothing) / len(batch)
             model.zero_grad()
-            loss.backward()
+            (loss * group.size).backward()  # of the gradients, the processes take the mean
             for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = rate
                 optimizer.step()
             if training.average:
                 training.average.update_parameters(model)
             loss_sum += loss.detach() * len(batch)
-            correct += (log_probabilities.detach().argmax(dim=1) == labels[batch]).sum()
-            on_batch(number, loss.detach())
+            correct += (log_probabilities.detach().argmax(dim=1) == labels[share]).sum()
+            on_batch(number, loss.detach() * group.size)
         if training.average:
             # What averaged weights and unmoved images bring to batch normalisation, no step has seen.
             update_bn(images[:STATISTICS_IMAGES].split(MONITOR_BATCH_SIZE), training.network)
         result = EpochResult(
             epoch,
             learning_rate(params, epoch - 1),
-            Score(loss_sum.item() / len(images), int(correct), len(images)),
-            score(predict(training.network, monitor[0], MONITOR_BATCH_SIZE), monitor[1]),
+            Score(group.sum(loss_sum).item() / len(images), int(group.sum(correct)), len(images)),
+            score(group.gather(predict(training.network, group.share(monitor[0]), MONITOR_BATCH_SIZE)), monitor[1]),
             learning_rate(params, epoch),
         )
         if not math.isfinite(result.training.loss + result.monitor.loss):
@@ -159,9 +163,9 @@ def train(
 
 
 def smoothed_loss(log_probabilities: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return the cross-entropy, mean over images, with labels of which a share is spread evenly over all classes.
+    """Return the cross-entropy, summed over images, with labels of which a share is spread evenly over all classes.
 
     Source: Szegedy et al., arXiv:1512.00567.
     """
-    loss = F.nll_loss(log_probabilities, labels)
-    return (1 - smoothing) * loss - smoothing * log_probabilities.mean() if smoothing else loss
+    loss = F.nll_loss(log_probabilities, labels, reduction="sum")
+    return (1 - smoothing) * loss - smoothing * log_probabilities.mean(dim=1).sum() if smoothing else loss

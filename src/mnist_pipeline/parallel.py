@@ -1,0 +1,292 @@
+"""One training in several processes, each with its share of every batch (data parallelism).
+
+Together they do what one alone does: batches, augmentation and dropout are drawn as for one, batch normalisation has
+the statistics of the whole batch, the gradient is the sum over all shares. Only the order of sums differs.
+torch.distributed starts the processes, on one machine or on several, and starts them again when one dies.
+Source: PyTorch's documentation of torchrun and of DistributedDataParallel.
+"""
+
+import copy
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mnist_pipeline.errors import UserError
+from mnist_pipeline.files import read_text, sha256, write_text
+from mnist_pipeline.params import Params
+from mnist_pipeline.paths import REQUIREMENTS
+from mnist_pipeline.provenance import Provenance, commit
+
+CPU = torch.device("cpu")
+RESTARTS = 3  # of all processes, each time that one has died
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+NODES, ENDPOINT = "PET_NNODES", "PET_RDZV_ENDPOINT"  # of torchrun: its options --nnodes and --rdzv-endpoint
+DRIVES = "MNIST_DRIVES"  # in the environment of those processes that this machine's pipeline has started
+# Each start of the processes gets a store of its own to meet in: a shared one has the addresses of dead processes.
+OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+
+
+class Group:
+    """The processes that train together, seen from one. In a group of one nothing is shared, and nothing is sent."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = CPU, drives: bool = True) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        ranks = torch.zeros(size, dtype=torch.int64, device=device)
+        ranks[rank] = drives
+        self.leader = int(self.sum(ranks).argmax())  # the first that drives; among several machines any may have rank 0
+        self.batch_size = 0  # images of the batch that was shared last
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes, tracks and speaks."""
+        return self.rank == self.leader
+
+    def share(self, batch: Tensor) -> Tensor:
+        """Return this process's part of a batch that all of them hold; parts differ by one image at most."""
+        self.batch_size = len(batch)
+        return batch if self.size == 1 else batch.tensor_split(self.size)[self.rank]
+
+    def gather(self, share: Tensor) -> Tensor:
+        """Put together what all processes made of their shares of a batch, in the order of the batch."""
+        if self.size == 1:
+            return share
+        whole = torch.zeros(self.batch_size, *share.shape[1:], dtype=share.dtype, device=share.device)
+        self.share(whole).copy_(share)
+        return self.sum(whole)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes; gradients flow back to each."""
+        return values if self.size == 1 else cast("Tensor", Sum.apply(values))
+
+    def send(self, content: bytes, source: int | None = None) -> bytes:
+        """Return in every process what the one of rank `source` has, or the leading one."""
+        if self.size == 1:
+            return content
+        source = self.leader if source is None else source
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, source)
+        sent = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == source:
+            sent.copy_(torch.from_numpy(np.frombuffer(content, np.uint8).copy()))
+        dist.broadcast(sent, source)
+        return sent.cpu().numpy().tobytes()
+
+    def require_same(self, name: str, value: str) -> None:
+        """Compare what must be the same in all processes, such as a digest, with what the leading one has.
+
+        Raises:
+            UserError: some process has something else. All of them raise it.
+        """
+        for rank in range(self.size):
+            leaders, other = self.send(value.encode()), self.send(value.encode(), source=rank)
+            if leaders != other:
+                raise UserError(f"{name} is {other.decode()} in process {rank}, {leaders.decode()} in the leading one")
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Return what stands for a model in a step of training: it has the model's very weights and statistics."""
+        if self.size == 1:
+            return model
+        tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        replica = copy.deepcopy(model, cast("dict[int, Any]", tensors))
+        for name, layer in list(replica.named_modules()):
+            if isinstance(layer, nn.BatchNorm2d):
+                replica.set_submodule(name, BatchNorm(layer, self))
+            elif isinstance(layer, nn.Dropout | nn.Dropout2d):
+                replica.set_submodule(name, Dropout(layer, self))
+        return DistributedDataParallel(replica.train())
+
+
+def launch(work: Callable[[], None], params: Params) -> None:
+    """Do work in as many processes as the params say; in this one, if one is enough or torchrun started it.
+
+    When a process dies, all are started again, some times; the work is to go on from what it has kept. The variables
+    of torchrun spread the processes over machines: `NODES` says on how many, `ENDPOINT` (host:port) where they meet.
+    The machine that calls this leads; the others run torchrun.
+
+    Raises:
+        UserError: the work raised it, or has failed for good.
+    """
+    processes = params.train.processes
+    if processes == 1 or dist.is_torchelastic_launched():
+        work()
+        return
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # slow to import
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    given = os.environ.get(NODES, "1")
+    if not given.isdecimal() or not (nodes := int(given)) or processes % nodes:
+        raise UserError(f"train.processes must be a multiple of {NODES}, and is {processes}, where {NODES} is {given}")
+    if (wanted := processes // nodes * params.threads) > (cores := os.cpu_count() or 1):
+        print(
+            f"warning: train.processes and threads make {wanted} threads on the {cores} cores of this machine: "
+            "they will wait for one another",
+            file=sys.stderr,
+            flush=True,
+        )
+    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # of a process that died, `join` tells
+    os.environ |= {DRIVES: "1", OWN_STORE: "1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        mistake = Path(temporary) / "mistake"
+        config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=processes // nodes,
+            run_id="none",  # torchrun's, unless it is given another
+            rdzv_backend="c10d",
+            rdzv_endpoint=os.environ.get(ENDPOINT, "localhost:0"),
+            local_addr=None if nodes > 1 else "localhost",
+            max_restarts=RESTARTS,
+            logs_specs=DefaultLogsSpecs(log_dir=temporary),
+        )
+        try:
+            elastic_launch(config, attempt)(work, mistake)
+        except SignalException:
+            raise KeyboardInterrupt from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode > 0:
+                raise
+            raise UserError(
+                f"processes were killed {RESTARTS + 1} times, at last process {rank} by {failure.signal_name()}: "
+                f"is there memory for {processes} (train.processes)?"
+            ) from None
+        if mistake.exists():
+            raise UserError(read_text(mistake))
+
+
+def attempt(work: Callable[[], None], mistake: Path) -> None:
+    """Do work in a process of its own, and put a user's mistake into a file: who starts again must not repeat it."""
+    if mistake.exists():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes
+    try:
+        work()
+    except (UserError, OSError) as error:
+        write_text(mistake, str(error))
+
+
+def interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Interrupt this process, not its clean-up: the signal comes from the terminal and once more from the launcher."""
+    for interruption in INTERRUPTIONS:
+        signal.signal(interruption, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def join(processes: int, provenance: Provenance, device: torch.device) -> Iterator[Group]:
+    """Give the group that this process belongs to, of one where `launch` started no others. Only its leader prints.
+
+    Raises:
+        UserError: torchrun started another number of processes than the params say, or one of them would train
+            something else: with another commit, other versions of packages, other code, params or data.
+    """
+    if not dist.is_torchelastic_launched():
+        yield Group(device=device)
+        return
+    if (started := int(os.environ["WORLD_SIZE"])) != processes:
+        raise UserError(f"train.processes is {processes}, and torchrun started {started}: make them equal")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        group = Group(dist.get_rank(), started, device, drives=DRIVES in os.environ)
+        group.require_same("the commit", commit()["git_commit"])
+        group.require_same(f"the SHA-256 of {REQUIREMENTS}", sha256(REQUIREMENTS))
+        group.require_same("the fingerprint of code, params and data", provenance.fingerprint)
+        if group.leads:
+            for interruption in INTERRUPTIONS:
+                signal.signal(interruption, interrupt_once)
+        if group.leads and (restart := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
+            print(f"A process died: all start again, {restart} of at most {RESTARTS} times", flush=True)
+        with open(os.devnull, "w") as nowhere, nullcontext() if group.leads else redirect_stdout(nowhere):
+            yield group
+    finally:
+        dist.destroy_process_group()
+
+
+class Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes. What one of them puts in, reaches the loss of all."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        """Add up."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        """Add up what flows back, too."""
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy, arXiv:1502.03167) of a share by the whole batch's mean and variance.
+
+    torch's SyncBatchNorm is the same for GPUs alone.
+    """
+
+    def __init__(self, layer: nn.BatchNorm2d, group: Group) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        # Not registered as buffers, which DistributedDataParallel would send at each step: all processes compute them.
+        self.running = cast(
+            "tuple[Tensor, Tensor, Tensor]", (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        )
+        self.momentum, self.eps = cast("float", layer.momentum), layer.eps
+        self.group = group
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise inputs (N, C, H, W), of which there may be none, and update the running statistics."""
+        count = self.group.batch_size * inputs.shape[2] * inputs.shape[3]
+        values = inputs.float()
+        sums = torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))]).double()
+        mean, square = self.group.sum(sums) / count
+        variance = square - mean.square()
+        with torch.no_grad():
+            running_mean, running_variance, batches = self.running
+            running_mean.lerp_(mean.float(), self.momentum)
+            running_variance.lerp_((variance * count / (count - 1)).float(), self.momentum)
+            batches.add_(1)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        normalized: Tensor = values * scale.float().view(-1, 1, 1) + shift.float().view(-1, 1, 1)
+        return normalized.to(inputs.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout of a share, drawn for the whole batch as torch draws it on the CPU."""
+
+    def __init__(self, layer: nn.Dropout | nn.Dropout2d, group: Group) -> None:
+        super().__init__()
+        self.keep = 1 - layer.p
+        self.maps = isinstance(layer, nn.Dropout2d)
+        self.group = group
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Drop some of inputs (N, C, H, W), and enlarge the others as much."""
+        if self.keep == 1:
+            return inputs
+        size = (1, 1) if self.maps else inputs.shape[2:]
+        noise = inputs.new_empty(self.group.batch_size, inputs.shape[1], *size).bernoulli_(self.keep).div_(self.keep)
+        return inputs * self.group.share(noise)
