@@ -36,6 +36,7 @@ def write(path: Path, text: str) -> Path:
     [
         ("params:\n  train.rate: [1]\n", r"params.train.rate is unknown: choose from .*train.learning_rate"),
         ("params:\n  data.validation_size: [1]\n", "params.data.validation_size is unknown"),
+        ("params:\n  train.processes: [1]\n", "params.train.processes is unknown"),
         ("params:\n  train.epochs: {low: 1e-3, high: 2}\n", r"epochs.low must be .* the text '1e-3' \(write 0.001\)"),
         ("params:\n  train.epochs: {low: 1.5, high: 2}\n", "epochs.low must be an integer, as the param is"),
         ("params:\n  train.epochs: {low: 0, high: 2}\n", "train.epochs must be greater than or equal to 1, and is 0"),
@@ -80,7 +81,7 @@ params:
     params = space.trial_at(values)
     assert (params.train.learning_rate, params.train.epochs, params.model.bias) == (0.01235, 3, False)
     assert params.model.channels == [5] * 6
-    assert (params.threads, params.data.validation_size) == (1, 5000)
+    assert (params.threads, params.train.processes, params.data.validation_size) == (1, 1, 5000)
     best = load_params(overlay=Path("experiments/best.yaml"))
     assert params.train.augmentation == best.train.augmentation
 

@@ -19,15 +19,13 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock
 
-import mnist_pipeline
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import sha256
 from mnist_pipeline.params import Params
-from mnist_pipeline.paths import ADDED, CHECKPOINTS, PIPELINE
+from mnist_pipeline.paths import ADDED, CHECKPOINTS, PIPELINE, REQUIREMENTS
 from mnist_pipeline.provenance import DATA, clean_environment, commit, digest, sha256_of_data
 from mnist_pipeline.trial import GRACE, POLL, Point, Progress, Row, Trial, TrialError, run_trial
 
-LOCK_FILE = Path("requirements.lock")
 URI = "MLFLOW_TRACKING_URI"
 PATIENCE = 5  # seconds to wait for an answer
 # What a client of gRPC, which Ray speaks, says first, and the kind of frame with which a server answers (RFC 9113, 3.4)
@@ -175,7 +173,7 @@ def train_here(
     """
     from ray.util import get_node_ip_address
 
-    os.chdir(Path(mnist_pipeline.__file__).parents[2])
+    os.chdir(Path(__file__).parents[2])
     node = f"node {get_node_ip_address()} ({Path.cwd()})"
     check_repository(node, repository)
     check_server(node, variables[URI])
@@ -194,7 +192,7 @@ def describe_repository() -> dict[str, str]:
     return {
         "commit": commit()["git_commit"],
         "code's SHA-256": hashlib.sha256(listed.encode()).hexdigest(),
-        f"{LOCK_FILE}'s SHA-256": sha256(LOCK_FILE) if LOCK_FILE.exists() else "none: it is absent",
+        f"{REQUIREMENTS}'s SHA-256": sha256(REQUIREMENTS) if REQUIREMENTS.exists() else "none: it is absent",
     }
 
 

@@ -24,6 +24,7 @@ from mnist_pipeline.trial import VALIDATION_SIZE, alone
 
 Part = TypeVar("Part", bound=Section)
 SECTIONS = ("seed", "model", "train")  # what may be searched; the images stay the same
+FIXED = ("train.processes",)  # but this, which a trial has its own of
 DIGITS = 4  # significant ones of a number that is searched: enough to tell two apart, few enough to read
 
 
@@ -107,7 +108,8 @@ def load_space(path: Path) -> Space:
         raise UserError(f"{path}: recipe: {error}") from None
     if not file.params:
         raise UserError(f"{path}: params must name what to search, such as train.learning_rate, and is empty")
-    known = flatten({section: getattr(base, section) for section in SECTIONS})
+    flat = flatten({section: getattr(base, section) for section in SECTIONS})
+    known = {key: value for key, value in flat.items() if key not in FIXED}
     for key in file.params:
         if key not in known:
             raise UserError(f"{path}: params.{key} is unknown: choose from {', '.join(known)}")

@@ -63,7 +63,7 @@ Progress = Generator[Point | Row | None]  # a point for each epoch, None while t
 
 def alone(params: Params) -> Params:
     """Return the params of a training that takes one core: others run beside it."""
-    return params.model_copy(update={"threads": 1})
+    return params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 1})})
 
 
 def run_trial(trial: Trial, environment: Mapping[str, str] | None = None) -> Progress:
