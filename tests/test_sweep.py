@@ -158,12 +158,15 @@ def test_another_recipe_of_the_name_is_kept(repository: Repository, monkeypatch:
 
 
 @pytest.mark.pipeline
-def test_a_trial_under_the_median_is_stopped(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("others", "epochs"), [("", 1), ("  train.epochs: [4]\n", 4)])
+def test_a_trial_under_the_median_is_stopped_if_it_can_be_compared(
+    others: str, epochs: int, repository: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(repository.root / "experiments/start.yaml", "train:\n  epochs: 4\n")
     accuracies = [0.9, 0.8, 0.85, 0.9, 0.95, 0.1]
     made_up = MadeUp(monkeypatch, lambda rate: accuracies[len(made_up.trials) - 1])
-    sweep(write(repository.root / "rates.yaml", f"recipe: start\n{RATES}"), 6)
-    assert list(made_up.epochs.values()) == [4, 4, 4, 4, 4, 1]
+    sweep(write(repository.root / "rates.yaml", f"recipe: start\n{RATES}{others}"), 6)
+    assert list(made_up.epochs.values()) == [4, 4, 4, 4, 4, epochs]
 
 
 @pytest.mark.pipeline

@@ -141,15 +141,16 @@ class Search:
         with self.lock:
             trial = self.draw()
         params = self.space.trial_at(self.space.values(trial.params))
-        curve: dict[int, Point] = {}
+        seen = set()
+        comparable = "train.epochs" not in self.space.distributions  # a longer schedule lies lower, and ends higher
 
         def hopeless(point: Point) -> bool:
-            if point.epoch in curve:  # of a trial that runs again
+            if point.epoch in seen:  # its node died, and it runs again
                 return False
-            curve[point.epoch] = point
+            seen.add(point.epoch)
             with self.lock:
                 trial.report(point.accuracy, point.epoch)
-                return point.epoch < params.train.epochs and trial.should_prune()
+                return comparable and point.epoch < params.train.epochs and trial.should_prune()
 
         try:
             row = pool.run(Trial(self.name_of(trial), params, ["train"], parent), hopeless)
