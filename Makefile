@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 
-COMPILE := uv pip compile --quiet --universal --python-version 3.11 --group dev --generate-hashes \
+COMPILE := uv pip compile --quiet --universal --python-version 3.11 --extra cluster --group dev --generate-hashes \
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml --output-file
 
 help: ## list the targets (the default)

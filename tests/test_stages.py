@@ -150,6 +150,10 @@ def test_one_package_alone_imports_mlflow() -> None:
     assert using == {"tracking"}
 
 
+def test_one_module_alone_imports_ray() -> None:
+    assert {file.stem for file in MODULES if any(re.match(r"ray\b", name) for name in imports(file))} == {"cluster"}
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_no_stage_knows_of_promotion(script: Path) -> None:
     assert not {"gate", "promotion", "tracking.registry"} & closure(ROOT, script)

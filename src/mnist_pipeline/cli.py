@@ -11,6 +11,9 @@ from mnist_pipeline import errors
 from mnist_pipeline.paths import MODEL, RAW
 
 model_option = click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="The model's file.")
+ray_option = click.option(
+    "--ray", metavar="HOST:PORT", help="Train in the Ray cluster with this head, instead of one process a core here."
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -86,14 +89,30 @@ def experiment(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...])
 @click.argument("recipe")
 @click.option("--seeds", default=10, type=click.IntRange(1), help="How many: 0, 1, 2, …")
 @click.option("--validation", is_flag=True, help="Score on 5,000 training images held out, not on the test images.")
-def study(recipe: str, seeds: int, validation: bool) -> None:
+@ray_option
+def study(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
     """Train a recipe from several seeds: reports/studies/RECIPE.csv.
 
     RECIPE is one of experiments/, or `specification` for params.yaml as it is. A study that was killed goes on.
     """
     from mnist_pipeline.study import study
 
-    study(recipe, seeds, validation)
+    study(recipe, seeds, validation, ray)
+
+
+@mnist.command()
+@click.argument("space", type=click.Path(path_type=Path))
+@click.option("--trials", required=True, type=click.IntRange(1), help="How many in all, those of an earlier call too.")
+@ray_option
+def sweep(space: Path, trials: int, ray: str | None) -> None:
+    """Search a space of params for the best recipe: experiments/NAME.yaml, where SPACE is NAME.yaml.
+
+    SPACE names a recipe to start from and, for params, ranges or lists of choices. Trials are scored on training images
+    held out, hopeless ones stopped early. A sweep that was killed goes on.
+    """
+    from mnist_pipeline.sweep import sweep
+
+    sweep(space, trials, ray)
 
 
 @mnist.command()

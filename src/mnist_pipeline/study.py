@@ -1,33 +1,20 @@
-"""Recipes as experiments of DVC (`mnist experiment`), and trained from many seeds (`mnist study`).
-
-A trial runs the stages train and evaluate as they are, in a temporary copy of the pipeline. Its checkpoint and its
-MLflow run lie where those of the repository do, so a killed study goes on where it was.
-"""
+"""Recipes as experiments of DVC (`mnist experiment`), and trained from many seeds (`mnist study`)."""
 
 import json
-import os
-import shutil
 import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
-from typing import Any
 
-import yaml
 from tqdm import tqdm
 
-from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import read_csv, read_text, write_csv, write_text
+from mnist_pipeline.files import write_csv
 from mnist_pipeline.params import Params, flatten, load_params, read_sections
-from mnist_pipeline.paths import ADDED, HISTORY, METRICS, PARAMS, PIPELINE, RAW, STUDIES
+from mnist_pipeline.paths import STUDIES
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.recipes import MEASURES, VALIDATION, Study, overlay_of, read_rows
-from mnist_pipeline.tracking import PARENT, study_run
-
-VALIDATION_SIZE = 5000  # training images held out, on which choices are made
+from mnist_pipeline.tracking import study_run
+from mnist_pipeline.tracking.trials import close_lost_runs
+from mnist_pipeline.trial import VALIDATION_SIZE, Trial, alone
+from mnist_pipeline.workers import place_of, workers
 
 
 def run_experiment(name: str, arguments: Sequence[str]) -> int:
@@ -39,31 +26,34 @@ def run_experiment(name: str, arguments: Sequence[str]) -> int:
     return subprocess.run(["dvc", "exp", "run", "--name", name, *changes, *arguments], check=False).returncode
 
 
-def study(name: str, seeds: int, validation: bool) -> None:
+def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> None:
     """Train a recipe from the seeds 0, 1, 2, … and write each one's row to the study's table as soon as it is there.
 
     With `validation` it trains on some images less and scores on those; the test images are not looked at. A row that
     is there, of the same params, data and code, is not made again. One process a core, each of one thread: they do more
-    than one process of several threads.
+    than one process of several threads. With `ray` they run in the cluster at that address.
     """
     table = STUDIES / f"{name}{VALIDATION if validation else ''}.csv"
     measure = "monitor_accuracy" if validation else "test_accuracy"
     trials = {trace("train", params).fingerprint: params for params in plan(name, seeds, validation)}
     wanted = {"fingerprint", "monitor_accuracy", *([] if validation else MEASURES)}
     rows = [row for row in read_rows(table) if wanted <= row.keys() and row["fingerprint"] in trials]
-    left = {key: params for key, params in trials.items() if key not in {row["fingerprint"] for row in rows}}
+    left = trials.keys() - {row["fingerprint"] for row in rows}
     stages = ["train"] if validation else ["train", "evaluate"]
-    with study_run(f"study {table.stem}") as parent, ThreadPoolExecutor(os.cpu_count()) as pool:
-        futures = {pool.submit(run_trial, table.stem, params, stages, parent): key for key, params in left.items()}
-        try:
-            for future in tqdm(as_completed(futures), desc=table.stem, total=len(left), unit="training", disable=None):
-                rows.append({**future.result(), "fingerprint": futures[future]})
+    with place_of(ray) as place, study_run(f"study {table.stem}") as parent:
+        with workers(place) as pool:
+
+            def train(fingerprint: str) -> dict[str, str] | None:
+                params = trials[fingerprint]
+                return pool.run(Trial(f"{table.stem}-{params.seed}", params, stages, parent))
+
+            found = pool.map(train, [fingerprint for fingerprint in trials if fingerprint in left])
+            for fingerprint, row in tqdm(found, desc=table.stem, total=len(left), unit="training", disable=None):
+                rows.append({**(row or {}), "fingerprint": fingerprint})
                 rows.sort(key=lambda row: int(row["seed"]))
                 write_csv(table, rows)
                 print(f"{table}: {Study(name, rows).summary(measure)}", flush=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        close_lost_runs(parent)
     if not left:
         print(f"{table}: {Study(name, rows).summary(measure)}, all there")
 
@@ -72,47 +62,4 @@ def plan(name: str, seeds: int, validation: bool) -> list[Params]:
     """Return the params of a study's trainings; the recipe `specification` is `params.yaml` as it is."""
     params = load_params(overlay=overlay_of(name))
     data = params.data.model_copy(update={"validation_size": VALIDATION_SIZE if validation else 0})
-    return [params.model_copy(update={"seed": seed, "threads": 1, "data": data}) for seed in range(seeds)]
-
-
-def run_trial(name: str, params: Params, stages: Sequence[str], parent: str | None) -> dict[str, str]:
-    """Run stages with params in a temporary copy of the pipeline; return the row of what they measured.
-
-    Raises:
-        UserError: a stage failed.
-    """
-    with tempfile.TemporaryDirectory() as temporary:
-        copy = Path(temporary)
-        # With its history, where it has one, so that the run can say how it differs from the commit.
-        subprocess.run(["git", "clone", "--quiet", "--shared", ".", temporary], capture_output=True, check=False)
-        for directory in ("src", "stages", ADDED):
-            shutil.rmtree(copy / directory, ignore_errors=True)
-            shutil.copytree(directory, copy / directory)
-        shutil.copy(PIPELINE, copy)
-        (copy / RAW).symlink_to(RAW.resolve())
-        write_text(copy / PARAMS, yaml.safe_dump(params.model_dump(), sort_keys=False))
-        trial = f"{name}-{params.seed}"
-        root = os.environ.get("DVC_ROOT", str(Path.cwd()))
-        environment = {**os.environ, "PYTHONPATH": "src", "DVC_ROOT": root, "DVC_EXP_NAME": trial}
-        start = time.monotonic()
-        for stage in stages:
-            process = subprocess.run(
-                [sys.executable, f"stages/{stage}.py"],
-                cwd=copy,
-                env=environment | ({PARENT: parent} if parent else {}),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=False,
-            )
-            if process.returncode != 0:
-                said = process.stdout.strip().splitlines() or [f"exit code {process.returncode}"]
-                raise UserError(f"{trial}: {stage} failed: {said[-1]}")
-        seconds = time.monotonic() - start
-        found: dict[str, Any] = {"seed": params.seed, "epochs": params.train.epochs, "seconds": round(seconds, 1)}
-        last = read_csv(copy / HISTORY)[-1]
-        found |= {measure: last[measure] for measure in ("monitor_accuracy", "monitor_loss")}
-        if (copy / METRICS).is_file():
-            metrics = json.loads(read_text(copy / METRICS))
-            found |= {measure: metrics[measure] for measure in MEASURES}
-        return {name: str(value) for name, value in found.items()}
+    return [alone(params.model_copy(update={"seed": seed, "data": data})) for seed in range(seeds)]
