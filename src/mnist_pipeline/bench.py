@@ -1,12 +1,13 @@
 """What training, testing and the pipeline around them cost, side by side (`make bench`)."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,15 @@ from tqdm import tqdm
 
 from mnist_pipeline.data import load_digits, load_training_data
 from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import write_json
+from mnist_pipeline.files import read_text, write_json
 from mnist_pipeline.inference import predict, set_up_torch
 from mnist_pipeline.model import build_model
 from mnist_pipeline.params import Params, load_params
 from mnist_pipeline.paths import ADDED, BENCH, MODEL, PARAMS, RAW
 from mnist_pipeline.provenance import clean_environment
 from mnist_pipeline.recipes import overlay_of
+from mnist_pipeline.scaling import processes_and_threads
+from mnist_pipeline.tracking.throughput import tracking_stores
 from mnist_pipeline.training import start_training, train
 
 ROUNDS = 3
@@ -36,8 +39,12 @@ COMPARED = ["specification", "fast"]  # recipes, of which a whole training is ti
 STAGES = ["download", "train", "evaluate", "report"]
 
 
-def main() -> None:
-    """Measure it all, what is compared in turn, A B A B, and write the seconds as they were."""
+def main(chosen: Sequence[str] = ()) -> None:
+    """Measure all parts, or some, what is compared in turn, A B A B, and write the seconds as they were.
+
+    Raises:
+        UserError: there is no such part, or a part needs what is absent.
+    """
     params = load_params()
     device = set_up_torch(params.threads)
     loops: dict[str, Callable[[], object]] = {
@@ -46,17 +53,22 @@ def main() -> None:
         "eager": lambda: eager_epoch(params, device),
         "plain": lambda: plain_epoch(params, device),
     }
-    found: dict[str, Any] = {
-        "epoch_seconds": in_turn("Epochs of all loops", loops),
-        "trainings": {name: whole_training(load_params(overlay=overlay_of(name)), device) for name in COMPARED},
-        "test_images_a_second": test_throughput(params, device),
-        "growth": growth(params, device),
-        "floor": floor(params, device),
-        "pipeline_seconds": in_turn("The pipeline's own overhead", overheads()),
-        "tracking_seconds": seconds_of_tracking(),
-        "train_peak_memory_mb": peak_memory_of_training(params),
+    parts: dict[str, Callable[[], Any]] = {
+        "epoch_seconds": lambda: in_turn("Epochs of all loops", loops),
+        "trainings": lambda: {name: whole_training(load_params(overlay=overlay_of(name)), device) for name in COMPARED},
+        "test_images_a_second": lambda: test_throughput(params, device),
+        "growth": lambda: growth(params, device),
+        "floor": lambda: floor(params, device),
+        "pipeline_seconds": lambda: in_turn("The pipeline's own overhead", overheads()),
+        "tracking_seconds": seconds_of_tracking,
+        "train_peak_memory_mb": lambda: peak_memory_of_training(params),
+        "scaling": lambda: processes_and_threads(params),
+        "stores": tracking_stores,
     }
-    write_json(BENCH, found)
+    if unknown := [name for name in chosen if name not in parts]:
+        raise UserError(f"{unknown[0]} is no part of the bench: choose from {', '.join(parts)}")
+    kept = json.loads(read_text(BENCH)) if chosen else {}
+    write_json(BENCH, {**kept, **{name: parts[name]() for name in chosen or parts}})
     print(f"{BENCH} is written: `make readme` carries it into the README")
 
 

@@ -1,10 +1,11 @@
-"""Carry the figures of the last runs into the README, between the comments that mark their places (`make readme`)."""
+"""Carry the figures of the last runs into README and docs, between comments that mark their places (`make readme`)."""
 
 import json
 import math
 import re
 import statistics
 import textwrap
+from pathlib import Path
 
 from mnist_pipeline import specification
 from mnist_pipeline.files import read_table, read_text, write_text
@@ -24,28 +25,35 @@ from mnist_pipeline.paths import (
 from mnist_pipeline.recipes import load_studies, tabulate
 from mnist_pipeline.reporting import compare, load_results
 
+SCALING = Path("docs/scaling.md")
+NORMALIZATIONS = 6  # in the network
+
 
 def main() -> None:
-    """Renew every marked part of the README."""
-    write_text(README, renew(read_text(README)))
+    """Renew every marked part of the pages that have some."""
+    for page in (README, SCALING):
+        write_text(page, renew(read_text(page)))
 
 
-def renew(readme: str) -> str:
-    """Return the README with the text between `<!-- name -->` and `<!-- /name -->` made again from the reports."""
+def renew(page: str) -> str:
+    """Return a page with the text between `<!-- name -->` and `<!-- /name -->` made again from the reports."""
     for name, part in {
         "results": results,
         "recipes": recipes,
         "diff": diff,
         "dropout": dropout,
         "bench": bench,
+        "processes": processes,
+        "sweeps": sweeps,
+        "stores": stores,
     }.items():
-        readme = re.sub(
+        page = re.sub(
             f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
             lambda marks, part=part: f"{marks[1]}{part()}\n{marks[2]}",  # type: ignore[misc]
-            readme,
+            page,
             flags=re.DOTALL,
         )
-    return readme
+    return page
 
 
 def results() -> str:
@@ -133,6 +141,55 @@ def bench() -> str:
     ]
     text = textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
     return table(["", "median", "of the plain loop", "rounds in turn"], rows) + "\n\n" + text
+
+
+def processes() -> str:
+    """How fast several processes train, and from where on more of them do not pay."""
+    measured = json.loads(read_text(BENCH))["scaling"]
+    rates = measured["images_a_second"]
+    one, *_ = rates
+    of_one = {layout: [rate / alone for rate, alone in zip(rates[layout], rates[one], strict=True)] for layout in rates}
+    rows = [
+        [layout, f"{statistics.median(rates[layout]):,.0f}", f"{statistics.median(found):.2f}", spread(found)]
+        for layout, found in of_one.items()
+    ]
+    params = load_params()
+    image = 1 / statistics.median(rates[one])
+    gradient, statistic = (measured["seconds_of_a_sum"][kind] for kind in ("gradient", "statistics"))
+    exchange = gradient + 2 * NORMALIZATIONS * statistic
+    step = params.train.batch_size * image
+    sums, wait, work = 2 * NORMALIZATIONS, 1000 * exchange, 1000 * step
+    text = (
+        f"A sum over two processes takes {1000 * gradient:.2f} ms for all gradients and {1000 * statistic:.2f} ms for "
+        f"the statistics of a normalisation. A step needs one of the first and {sums} of the second, forward and "
+        f"backward: {wait:.1f} ms, beside {work:.0f} ms of arithmetic for a batch of {params.train.batch_size} on one "
+        f"core. So with a core for each, a step on N of them takes about {work:.0f}/N + {wait:.1f} ms: with "
+        f"{max(1, round(step / exchange))}, half of it is waiting, and no number of them trains more than "
+        f"{step / exchange:.0f} times as fast."
+    )
+    header = ["", "images a second", "of one process of one thread", "rounds in turn"]
+    return table(header, rows) + "\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def sweeps() -> str:
+    """What a sweep of a thousand trials takes, by the trainings of the studies."""
+    trials, cores = 1000, 2
+    rows = []
+    for study in load_studies():
+        seconds = study.mean("seconds")
+        hours = [trials * seconds / (cores * machines) / 3600 for machines in (1, 10, 100)]
+        epochs = cores * 100 * study.mean("epochs") / seconds
+        rows.append([study.name, f"{seconds / 60:.1f}", *(f"{each:,.1f}" for each in hours), f"{epochs:.0f}"])
+    header = ["trials like", "minutes a trial", "hours on 1 machine", "on 10", "on 100", "epochs a second on 100"]
+    return table(header, rows)
+
+
+def stores() -> str:
+    """What tracking stores bear, in calls one after the other."""
+    measured = json.loads(read_text(BENCH))["stores"]
+    kinds = list(next(iter(measured.values())))
+    rows = [[store, *(f"{found[kind]:,.0f}" for kind in kinds)] for store, found in measured.items()]
+    return table(["a second", *kinds], rows)
 
 
 def ratios(seconds: dict[str, list[float]], name: str, other: str) -> list[float]:
