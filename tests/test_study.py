@@ -38,7 +38,7 @@ def test_an_unknown_recipe_is_told_with_the_known_ones() -> None:
 def test_an_overlay_that_names_an_unknown_param_is_refused(tmp_path: Path) -> None:
     overlay = tmp_path / "odd.yaml"
     overlay.write_text("train:\n  epoch: 3\n")
-    with pytest.raises(UserError, match=r"odd.yaml: train.epoch is unknown: choose from epochs"):
+    with pytest.raises(UserError, match=r"odd.yaml: train.epoch is unknown: choose from processes, epochs"):
         load_params(overlay=overlay)
 
 

@@ -37,7 +37,7 @@ def write(path: Path, text: str) -> Path:
         ("params:\n  train.rate: [1]\n", r"params.train.rate is unknown: choose from .*train.learning_rate"),
         ("params:\n  data.validation_size: [1]\n", "params.data.validation_size is unknown"),
         ("params:\n  train.processes: [1]\n", "params.train.processes is unknown"),
-        ("params:\n  train.epochs: {low: 1e-3, high: 2}\n", r"epochs.low must be .* the text '1e-3' \(write 0.001\)"),
+        ("params:\n  train.epochs: {low: '1e-3', high: 2}\n", r"epochs.low must be .* the text '1e-3' \(write 0.001\)"),
         ("params:\n  train.epochs: {low: 1.5, high: 2}\n", "epochs.low must be an integer, as the param is"),
         ("params:\n  train.epochs: {low: 0, high: 2}\n", "train.epochs must be greater than or equal to 1, and is 0"),
         ("params:\n  train.epochs: {low: 2, high: 2}\n", r"epochs.high must be above low \(2\), and is 2"),

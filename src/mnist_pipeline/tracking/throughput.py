@@ -23,7 +23,7 @@ def tracking_stores() -> dict[str, dict[str, float]]:
         prepare(database)
         found = {"SQLite in the process": calls_a_second(f"sqlite:///{database}")}
     if uri := os.environ.get(URI):
-        found["mlflow server"] = calls_a_second(uri)
+        found[f"the server at `{URI}`"] = calls_a_second(uri)
     return found
 
 
