@@ -5,17 +5,22 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from repository import DATA, Repository
 
+from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_table
+from mnist_pipeline.parallel import join, launch
+from mnist_pipeline.params import Params
+from mnist_pipeline.provenance import trace
 
 pytestmark = pytest.mark.pipeline
 
@@ -181,63 +186,44 @@ def test_torchruns_machines_must_have_as_many_processes_each(tmp_path: Path) -> 
     assert finished.stdout.startswith("error: train.processes must be a multiple of PET_NNODES, and is 3")
 
 
-@contextmanager
-def two_machines(root: Path, changed: Callable[[Path], object]) -> Iterator[tuple[Repository, Repository]]:
-    """Give two repositories, equal but for a change in the second."""
-    first = workspace(root / "first", processes=2, **VARIED)
+def two_machines(root: Path) -> tuple[Repository, Repository]:
+    """Return two repositories of the same commit."""
+    first = workspace(root / "first", processes=2, **VARIED).init()
     shutil.copytree(first.root, root / "second")
-    changed(root / "second")
-    yield first.init(), Repository(root / "second").init()
+    return first, Repository(root / "second")
 
 
-def unused_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def train_on_two(
-    first: Repository, second: Repository, endpoint: str, on: tuple[list[str], list[str]] = ([], [])
-) -> tuple[str, int, str]:
-    """Run the stage on the first machine and torchrun on the second; return what both said and the first's code."""
-    options = [
-        "--nnodes=2",
-        "--nproc-per-node=1",
-        "--max-restarts=3",
-        "--rdzv-backend=c10d",
-        f"--rdzv-endpoint={endpoint}",
-    ]
-    other = second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
+def start_on_two(
+    first: Repository,
+    second: Repository,
+    endpoint: str,
+    restarts: int = 3,
+    on: tuple[list[str], list[str]] = ([], []),
+) -> tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]:
+    """Start the stage on the first machine, which drives, and torchrun on the second."""
+    options = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={restarts}"]
+    options += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-conf=is_host=0"]
     variables = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": endpoint}
-    finished = first.run(*on[0], sys.executable, "stages/train.py", **variables)
-    said, _ = other.communicate()
-    return finished.stdout, finished.returncode, said
+    driving = first.start(*on[0], sys.executable, "stages/train.py", **variables)
+    return driving, second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
 
 
-def other_lock(root: Path) -> None:
-    path = root / "requirements.lock"
-    path.write_text(path.read_text(encoding="utf-8") + "# another\n", encoding="utf-8")
+def join_as_another() -> None:
+    """Join a group with a fingerprint that no other process has."""
+    found = trace("train")
+    other = replace(found, command=f"{found.command} {os.environ['RANK']}")
+    with join(2, other, torch.device("cpu")):
+        pass
 
 
-@pytest.mark.parametrize(
-    ("changed", "what"),
-    [(other_lock, "the SHA-256 of requirements.lock"), (lambda root: (root / "new").touch(), "the commit")],
-    ids=["lock file", "commit"],
-)
 def test_a_worker_with_something_else_is_refused_and_both_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: Callable[[Path], object], what: str
+    params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("GIT_AUTHOR_DATE", "2026-01-01T00:00:00Z")
-    monkeypatch.setenv("GIT_COMMITTER_DATE", "2026-01-01T00:00:00Z")
-    with two_machines(tmp_path, changed) as (first, second):
-        if what != "the commit":  # the same commit all the same
-            shutil.rmtree(second.root / ".git")
-            shutil.copytree(first.root / ".git", second.root / ".git")
-        said, code, _ = train_on_two(first, second, f"localhost:{unused_port()}")
-    assert code == 1
-    assert re.search(
-        rf"^error: {what} is [0-9a-f]{{40,64}} in process \d, [0-9a-f]{{40,64}} in the", said, re.MULTILINE
-    )
+    monkeypatch.chdir(workspace(tmp_path).root)
+    two = params.model_copy(update={"train": params.train.model_copy(update={"processes": 2})})
+    told = r"the fingerprint of code, params and data is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading"
+    with pytest.raises(UserError, match=told):
+        launch(join_as_another, two)
 
 
 @contextmanager
@@ -268,15 +254,15 @@ def hosts() -> Iterator[tuple[list[str], list[str]]]:
 def test_two_hosts_train_as_one_and_only_the_driving_one_writes(
     tmp_path: Path, alone: list[dict[str, str]], driver: int
 ) -> None:
-    with hosts() as on, two_machines(tmp_path, lambda root: None) as (first, second):
-        shutil.rmtree(second.root / ".git")
-        shutil.copytree(first.root / ".git", second.root / ".git")
+    first, second = two_machines(tmp_path)
+    with hosts() as on:
         # No resolver knows the name of such a host, so each says by which address the other reaches it.
         for number, command in enumerate(on, start=1):
             command.extend(["env", f"PET_LOCAL_ADDR=10.99.0.{number}", "GLOO_SOCKET_IFNAME=eth0"])
         endpoint = f"10.99.0.{driver + 1}:29400"
-        said, code, others = train_on_two(first, second, endpoint, (on[driver], on[1 - driver]))
-    assert code == 0, said + others
+        driving, other = start_on_two(first, second, endpoint, on=(on[driver], on[1 - driver]))
+        (said, _), (others, _) = driving.communicate(), other.communicate()
+    assert driving.returncode == 0, said + others
     for found, expected in zip(history(first), alone, strict=True):
         assert float(found["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=TOLERANCE)
     assert not (second.root / "models").exists()

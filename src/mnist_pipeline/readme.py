@@ -158,14 +158,17 @@ def processes() -> str:
     gradient, statistic = (measured["seconds_of_a_sum"][kind] for kind in ("gradient", "statistics"))
     exchange = gradient + 2 * NORMALIZATIONS * statistic
     step = params.train.batch_size * image
+    dearer = measured["seconds_of_a_step"]["in a group"] / measured["seconds_of_a_step"]["alone"]
     sums, wait, work = 2 * NORMALIZATIONS, 1000 * exchange, 1000 * step
     text = (
         f"A sum over two processes takes {1000 * gradient:.2f} ms for all gradients and {1000 * statistic:.2f} ms for "
         f"the statistics of a normalisation. A step needs one of the first and {sums} of the second, forward and "
         f"backward: {wait:.1f} ms, beside {work:.0f} ms of arithmetic for a batch of {params.train.batch_size} on one "
-        f"core. So with a core for each, a step on N of them takes about {work:.0f}/N + {wait:.1f} ms: with "
-        f"{max(1, round(step / exchange))}, half of it is waiting, and no number of them trains more than "
-        f"{step / exchange:.0f} times as fast."
+        f"core. The group's own normalisation and dropout, of several operations each where torch's are one, make the "
+        f"arithmetic {dearer:.2f} times as long. So with a whole core for each, a step on N of them takes about "
+        f"{dearer * work:.0f}/N + {wait:.1f} ms: two are {step / (dearer * step / 2 + exchange):.1f} times as fast as "
+        f"one alone, with {max(1, round(dearer * step / exchange))} half of a step is waiting, and no number of them "
+        f"is more than {step / exchange:.0f} times as fast."
     )
     header = ["", "images a second", "of one process of one thread", "rounds in turn"]
     return table(header, rows) + "\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)

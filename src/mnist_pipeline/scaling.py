@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from mnist_pipeline.data import load_digits
+from mnist_pipeline.data import SIDE, load_digits
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model
-from mnist_pipeline.parallel import Group, join, launch
+from mnist_pipeline.parallel import BatchNorm, Dropout, Group, join, launch
 from mnist_pipeline.params import Params
 from mnist_pipeline.paths import RAW
 from mnist_pipeline.provenance import trace
@@ -23,6 +24,7 @@ from mnist_pipeline.training import start_training, train
 ROUNDS = 3
 SOME = 10_000  # images
 SUMS = 200  # of a kind, whose median counts
+STEPS = 20  # of a kind, likewise
 LAYOUTS = {"1 process of 1 thread": (1, 1), "2 processes of 1 thread": (2, 1), "1 process of 2 threads": (1, 2)}
 
 
@@ -41,8 +43,10 @@ def processes_and_threads(params: Params) -> dict[str, Any]:
         changed = params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 2})})
         launch(partial(sum_often, changed, report), changed)
         gradient, statistic = map(float, read_text(report).split())
+    found["seconds_of_a_sum"] = {"gradient": gradient, "statistics": statistic}
+    found["seconds_of_a_step"] = dict(zip(("alone", "in a group"), seconds_of_a_step(params), strict=True))
     set_up_torch(params.threads)
-    return found | {"seconds_of_a_sum": {"gradient": gradient, "statistics": statistic}}
+    return found
 
 
 def train_some(params: Params, report: Path) -> None:
@@ -71,6 +75,26 @@ def sum_often(params: Params, report: Path) -> None:
         medians = [median_seconds(group, torch.zeros(size, device=group.device)) for size in sizes]
         if group.leads:
             write_text(report, " ".join(map(str, medians)))
+
+
+def seconds_of_a_step(params: Params) -> list[float]:
+    """Return the median time of a forward and backward pass on one thread, with torch's layers and with a group's."""
+    device = set_up_torch(threads=1)
+    group = Group()
+    batch = group.share(torch.zeros(params.train.batch_size, 1, SIDE, SIDE, device=device))
+    models = [build_model(params.model, params.seed).to(device).train() for _ in range(2)]
+    for name, layer in list(models[1].named_modules()):
+        if isinstance(layer, nn.BatchNorm2d):
+            models[1].set_submodule(name, BatchNorm(layer, group))
+        elif isinstance(layer, nn.Dropout | nn.Dropout2d):
+            models[1].set_submodule(name, Dropout(layer, group))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(STEPS):
+        for model, found in zip(models, seconds, strict=True):
+            start = time.perf_counter()
+            model(batch).sum().backward()
+            found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in seconds]
 
 
 def median_seconds(group: Group, values: torch.Tensor) -> float:
