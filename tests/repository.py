@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,3 +135,17 @@ class Repository:
     def steps(self, run: Run, metric: str = "train_loss") -> list[int]:
         """Return the epochs for which a run has a metric."""
         return [point.step for point in self.client.get_metric_history(run.info.run_id, metric)]
+
+
+def after_an_epoch(process: "subprocess.Popen[str]", act: Callable[[], object]) -> str:
+    """Do something once the first epoch is whole, and return what the process said."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if line.startswith("Epoch: "):
+            act()
+            break
+    said += process.stdout.read()
+    process.wait()
+    return said

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from repository import Repository
+from repository import Repository, after_an_epoch
 
 from mnist_pipeline.checkpoint import Checkpoint
 from mnist_pipeline.data import load_digits
@@ -108,17 +108,12 @@ def outputs(repository: Repository) -> list[bytes]:
 
 def interrupt_after_an_epoch(process: "subprocess.Popen[str]", number: signal.Signals, delay: float) -> str:
     """Send a signal some time after the first whole epoch, and return what the process said."""
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line.startswith("Epoch: "):
-            time.sleep(delay)
-            process.send_signal(number)
-            break
-    said += process.stdout.read()
-    process.wait()
-    return said
+
+    def interrupt() -> None:
+        time.sleep(delay)
+        process.send_signal(number)
+
+    return after_an_epoch(process, interrupt)
 
 
 @pytest.fixture(scope="module")

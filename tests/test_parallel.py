@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from repository import DATA, Repository
+from repository import DATA, Repository, after_an_epoch
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_table
@@ -83,20 +82,6 @@ def workers_of(launcher: int) -> list[int]:
         pytest.skip("the processes are found by Linux's /proc")
     found = children.read_text(encoding="utf-8").split()
     return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-
-def after_an_epoch(process: "subprocess.Popen[str]", act: Callable[[], object]) -> str:
-    """Do something once the first epoch is whole, and return what the process said."""
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if line.startswith("Epoch: "):
-            act()
-            break
-    said += process.stdout.read()
-    process.wait()
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -208,11 +193,11 @@ def start_on_two(
     return driving, second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
 
 
-def join_as_another() -> None:
+def join_as_another(params: Params) -> None:
     """Join a group with a fingerprint that no other process has."""
     found = trace("train")
     other = replace(found, command=f"{found.command} {os.environ['RANK']}")
-    with join(2, other, torch.device("cpu")):
+    with join(2, params.threads, other):
         pass
 
 

@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, cast
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_text, sha256, write_text
+from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.params import Params
 from mnist_pipeline.paths import REQUIREMENTS
 from mnist_pipeline.provenance import Provenance, commit
@@ -56,6 +57,13 @@ class Group:
     def leads(self) -> bool:
         """Whether this process is the one that writes, tracks and speaks."""
         return self.rank == self.leader
+
+    def follows(self, epochs: Iterable[object]) -> bool:
+        """Work through all epochs and return True, unless this process leads, which has more to do after each."""
+        if not self.leads:
+            for _ in epochs:
+                pass
+        return not self.leads
 
     def share(self, batch: Tensor) -> Tensor:
         """Return this process's part of a batch that all of them hold; parts differ by one image at most."""
@@ -112,7 +120,7 @@ class Group:
         return DistributedDataParallel(replica.train())
 
 
-def launch(work: Callable[[], None], params: Params) -> None:
+def launch(work: Callable[[Params], None], params: Params) -> None:
     """Do work in as many processes as the params say; in this one, if one is enough or torchrun started it.
 
     When a process dies, all are started again, some times; the work is to go on from what it has kept. The variables
@@ -124,7 +132,7 @@ def launch(work: Callable[[], None], params: Params) -> None:
     """
     processes = params.train.processes
     if processes == 1 or dist.is_torchelastic_launched():
-        work()
+        work(params)
         return
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # slow to import
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -159,12 +167,15 @@ def launch(work: Callable[[], None], params: Params) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=temporary),
         )
         try:
-            elastic_launch(config, attempt)(work, mistake)
+            elastic_launch(config, attempt)(work, params, mistake)
         except SignalException:
             raise KeyboardInterrupt from None
         except RendezvousError as error:
-            why = f"{type(error).__name__}: {error}".strip(": ")
-            raise UserError(f"the machines did not meet at {config.rdzv_endpoint}, or one has left ({why})") from None
+            if not mistake.exists():  # else that is why
+                why = f"{type(error).__name__}: {error}".strip(": ")
+                raise UserError(
+                    f"the machines did not meet at {config.rdzv_endpoint}, or one has left ({why})"
+                ) from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode > 0:
@@ -177,13 +188,13 @@ def launch(work: Callable[[], None], params: Params) -> None:
             raise UserError(read_text(mistake))
 
 
-def attempt(work: Callable[[], None], mistake: Path) -> None:
+def attempt(work: Callable[[Params], None], params: Params, mistake: Path) -> None:
     """Do work in a process of its own, and put a user's mistake into a file: who starts again must not repeat it."""
     if mistake.exists():
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes
     try:
-        work()
+        work(params)
     except (UserError, OSError) as error:
         write_text(mistake, str(error))
 
@@ -196,13 +207,16 @@ def interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def join(processes: int, provenance: Provenance, device: torch.device) -> Iterator[Group]:
-    """Give the group that this process belongs to, of one where `launch` started no others. Only its leader prints.
+def join(processes: int, threads: int, provenance: Provenance) -> Iterator[Group]:
+    """Set torch up and give the group that this process belongs to, of one where `launch` started no others.
+
+    Only its leader prints.
 
     Raises:
         UserError: torchrun started another number of processes than the params say, or one of them would train
             something else: with another commit, other versions of packages, other code, params or data.
     """
+    device = set_up_torch(threads)
     if not dist.is_torchelastic_launched():
         yield Group(device=device)
         return
@@ -222,7 +236,10 @@ def join(processes: int, provenance: Provenance, device: torch.device) -> Iterat
                 signal.signal(interruption, interrupt_once)
         if group.leads and (restart := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
             print(f"A process died: all start again, {restart} of at most {RESTARTS} times", flush=True)
-        with open(os.devnull, "w") as nowhere, nullcontext() if group.leads else redirect_stdout(nowhere):
+        with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+            if not group.leads:
+                silence.enter_context(redirect_stdout(nowhere))
+                silence.enter_context(redirect_stderr(nowhere))  # where progress is drawn
             yield group
     finally:
         dist.destroy_process_group()

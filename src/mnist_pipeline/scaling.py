@@ -38,10 +38,10 @@ def processes_and_threads(params: Params) -> dict[str, Any]:
                 changed = params.model_copy(
                     update={"threads": threads, "train": params.train.model_copy(update={"processes": processes})}
                 )
-                launch(partial(train_some, changed, report), changed)
+                launch(partial(train_some, report), changed)
                 found["images_a_second"][layout].append(SOME / float(read_text(report)))
         changed = params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 2})})
-        launch(partial(sum_often, changed, report), changed)
+        launch(partial(sum_often, report), changed)
         gradient, statistic = map(float, read_text(report).split())
     found["seconds_of_a_sum"] = {"gradient": gradient, "statistics": statistic}
     found["seconds_of_a_step"] = dict(zip(("alone", "in a group"), seconds_of_a_step(params), strict=True))
@@ -49,10 +49,9 @@ def processes_and_threads(params: Params) -> dict[str, Any]:
     return found
 
 
-def train_some(params: Params, report: Path) -> None:
+def train_some(report: Path, params: Params) -> None:
     """Train on some images for two epochs, as a process of a group, and report the seconds of the second."""
-    device = set_up_torch(params.threads)
-    with join(params.train.processes, trace("train", params), device) as group:
+    with join(params.train.processes, params.threads, trace("train", params)) as group:
         digits = load_digits(RAW, "train")[:SOME].tensors(params.data, group.device)
         two_epochs = params.train.model_copy(update={"epochs": 2})
         training = start_training(build_model(params.model, params.seed).to(group.device), two_epochs, group)
@@ -64,10 +63,9 @@ def train_some(params: Params, report: Path) -> None:
             write_text(report, str(time.perf_counter() - start))
 
 
-def sum_often(params: Params, report: Path) -> None:
+def sum_often(report: Path, params: Params) -> None:
     """Report how long a group takes to add up all gradients, and the statistics of the widest normalisation."""
-    device = set_up_torch(params.threads)
-    with join(params.train.processes, trace("train", params), device) as group:
+    with join(params.train.processes, params.threads, trace("train", params)) as group:
         sizes = (
             sum(weights.numel() for weights in build_model(params.model, 0).parameters()),
             2 * max(params.model.channels),
