@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -209,6 +211,24 @@ def test_a_worker_with_something_else_is_refused_and_both_are_named(
     told = r"the fingerprint of code, params and data is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading"
     with pytest.raises(UserError, match=told):
         launch(join_as_another, two)
+
+
+def test_a_machine_with_something_else_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
+    first, second = two_machines(tmp_path)
+    second.set_param("seed", 1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    began = time.monotonic()
+    driving, other = start_on_two(first, second, endpoint)
+    (said, _), (others, _) = driving.communicate(), other.communicate()
+    assert time.monotonic() - began < 120, "they waited for one another"
+    assert driving.returncode == 1
+    assert other.returncode != 0
+    for told in (said, others):
+        digests = re.search(r"error: the fingerprint of .* is (\w{64}) in process \d, (\w{64}) in the leading one", told)
+        assert digests, told
+        assert digests[1] != digests[2]
+    assert "Traceback" not in said
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def story(repository: Repository) -> dict[str, Step]:
     keep("params diff", "params", "diff")
     keep("metrics show", "metrics", "show")
     keep("plots show", "plots", "show")
-    repository.set_param("learning_rate", "2e-3")  # a number to DVC, text to PyYAML
+    repository.set_param("learning_rate", "0,002")
     keep("mistaken", "repro")
     return steps
 
@@ -186,7 +186,7 @@ def test_a_bad_param_ends_the_repro_with_one_line(story: dict[str, Step]) -> Non
     said = story["mistaken"].said
     assert story["mistaken"].process.returncode != 0
     assert re.findall("(?m)^error: .*$", said) == [
-        "error: params.yaml: train.learning_rate must be a valid number, and is the text '2e-3' (write 0.002)"
+        "error: params.yaml: train.learning_rate must be a valid number, and is the text '0,002'"
     ]
     assert "Traceback" not in said
     assert len(story["mistaken"].runs) == len(story["shorter"].runs)

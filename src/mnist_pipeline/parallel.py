@@ -169,7 +169,8 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
         try:
             elastic_launch(config, attempt)(work, params, mistake)
         except SignalException:
-            raise KeyboardInterrupt from None
+            if not mistake.exists():  # else the process that made it has sent the signal
+                raise KeyboardInterrupt from None
         except RendezvousError as error:
             if not mistake.exists():  # else that is why
                 why = f"{type(error).__name__}: {error}".strip(": ")
@@ -197,6 +198,8 @@ def attempt(work: Callable[[Params], None], params: Params, mistake: Path) -> No
         work(params)
     except (UserError, OSError) as error:
         write_text(mistake, str(error))
+        if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["LOCAL_RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGTERM)  # this machine's launcher, which would wait minutes for the others
 
 
 def interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
@@ -242,6 +245,8 @@ def join(processes: int, threads: int, provenance: Provenance) -> Iterator[Group
                 silence.enter_context(redirect_stderr(nowhere))  # where progress is drawn
             yield group
     finally:
+        for interruption in INTERRUPTIONS:
+            signal.signal(interruption, signal.SIG_DFL)  # there is nothing left to end in good order
         dist.destroy_process_group()
 
 

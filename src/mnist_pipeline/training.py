@@ -110,10 +110,12 @@ def train(
 ) -> Iterator[EpochResult]:
     """Train on from where `training` stands, epoch by epoch, and yield the result of each.
 
-        Images are normalised (N, 1, 28, 28), labels (N,), on the model's device. Every image is used once an epoch, the
-    XX
-        Raises:
-            UserError: a loss is not finite.
+    Images are normalised (N, 1, 28, 28), labels (N,), on the model's device. Every image is used once an epoch, the
+    last batch holding what is left. Of a group's processes each has all images and works on its share of each batch.
+    `on_batch` hears each batch's number, from 0, and its mean loss, as far as this process's share tells.
+
+    Raises:
+        UserError: a loss is not finite.
     """
     images, labels = digits
     model, optimizers, group = training.model, training.optimizers, training.group
