@@ -1,6 +1,7 @@
 """The network: the specification's layers and numbers, and a file that carries all that it takes to use it again."""
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -125,6 +126,21 @@ def test_the_outputs_are_log_probabilities(model: Net, count: int) -> None:
     log_probabilities = predict(model, torch.randn(count, 1, 28, 28), batch_size=count)
     assert log_probabilities.shape == (count, 10)
     assert log_probabilities.exp().sum(dim=1).tolist() == pytest.approx(count * [1.0])
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("relu", [0.0, 0.0, 2.0]), ("silu", [-0.2689, 0.0, 2 / (1 + math.exp(-2))])]
+)
+def test_every_convolution_but_the_last_is_activated_as_the_params_say(
+    params: Params, name: str, expected: list[float]
+) -> None:
+    net = build_model(params.model.model_copy(update={"activation": name}), seed=0)
+    modules = [
+        module for block in net.children() for layer, module in block.named_children() if layer.startswith("activation")
+    ]
+    assert len(modules) == 6
+    for module in modules:
+        assert module(torch.tensor([-1.0, 0.0, 2.0])).tolist() == pytest.approx(expected, abs=1e-4)
 
 
 def dropped(params: Params, kind: str, training: bool) -> Tensor:

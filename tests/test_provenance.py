@@ -124,6 +124,7 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "data.max_class_ratio": 2.0,
         "model.channels": [6, 10, 16, 18, 32, 24],
         "model.bias": True,
+        "model.activation": "relu",
         "model.pooling": 2,
         "model.dropout": 0.25,
         "model.dropout_kind": "element",

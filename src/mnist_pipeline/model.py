@@ -18,6 +18,9 @@ from mnist_pipeline.params import DataParams, ModelParams
 # Element-wise dropout zeroes single activations; channel-wise, whole feature maps (Tompson et al., arXiv:1411.4280).
 DROPOUT = {"element": nn.Dropout, "channel": nn.Dropout2d}
 
+# SiLU (Hendrycks and Gimpel, arXiv:1606.08415) is x·sigmoid(x).
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+
 DESCRIPTION = "model"  # the key of the file's metadata
 
 
@@ -27,7 +30,7 @@ class Net(nn.Module):
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
         c1, c2, c3, c4, c5, c6 = params.channels
-        bias = params.bias
+        bias, activation = params.bias, ACTIVATIONS[params.activation]
 
         def pool() -> nn.Module:
             return nn.MaxPool2d(params.pooling, stride=2, padding=(params.pooling - 1) // 2)
@@ -39,10 +42,10 @@ class Net(nn.Module):
             OrderedDict(
                 conv1=nn.Conv2d(1, c1, 3, padding=1, bias=bias),
                 bn1=nn.BatchNorm2d(c1),
-                relu1=nn.ReLU(),
+                activation1=activation(),
                 conv2=nn.Conv2d(c1, c2, 3, padding=1, bias=bias),
                 bn2=nn.BatchNorm2d(c2),
-                relu2=nn.ReLU(),
+                activation2=activation(),
                 pool1=pool(),
                 dropout1=dropout(),
             )
@@ -51,10 +54,10 @@ class Net(nn.Module):
             OrderedDict(
                 conv3=nn.Conv2d(c2, c3, 3, padding=1, bias=bias),
                 bn3=nn.BatchNorm2d(c3),
-                relu3=nn.ReLU(),
+                activation3=activation(),
                 conv4=nn.Conv2d(c3, c4, 3, padding=1, bias=bias),
                 bn4=nn.BatchNorm2d(c4),
-                relu4=nn.ReLU(),
+                activation4=activation(),
                 pool2=pool(),
                 dropout2=dropout(),
             )
@@ -63,10 +66,10 @@ class Net(nn.Module):
             OrderedDict(
                 conv5=nn.Conv2d(c4, c5, 3, bias=bias),
                 bn5=nn.BatchNorm2d(c5),
-                relu5=nn.ReLU(),
+                activation5=activation(),
                 conv6=nn.Conv2d(c5, c6, 3, bias=bias),
                 bn6=nn.BatchNorm2d(c6),
-                relu6=nn.ReLU(),
+                activation6=activation(),
                 conv7=nn.Conv2d(c6, CLASSES, 3),
                 gap=nn.AdaptiveAvgPool2d(1),
                 flatten=nn.Flatten(),

@@ -58,6 +58,7 @@ class ModelParams(Section):
 
     channels: Annotated[list[Count], Field(min_length=6, max_length=6)]
     bias: bool
+    activation: Literal["relu", "silu"]
     pooling: Literal[2, 3]
     dropout: Probability
     dropout_kind: Literal["element", "channel"]
