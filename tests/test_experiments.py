@@ -16,6 +16,7 @@ from mnist_pipeline.params import flatten
 pytestmark = pytest.mark.pipeline
 
 QUEUED = {"slow": 0.001, "middling": 0.002, "fast": 0.004}  # names, and learning rates
+SHARED = "slow"  # the one that two processes train
 EXECUTED = [*QUEUED, "temporary"]
 ALL = [*EXECUTED, "restored"]
 
@@ -61,7 +62,8 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         return process.stdout
 
     for name, learning_rate in QUEUED.items():
-        experiment("--queue", "--name", name, **{"train.learning_rate": learning_rate})
+        processes = 2 if name == SHARED else 1
+        experiment("--queue", "--name", name, **{"train.learning_rate": learning_rate, "train.processes": processes})
     try:
         start = ["dvc", "queue", "start", "--jobs", "2"]  # the workers inherit its pipes: with one, it would never end
         quiet = subprocess.DEVNULL
@@ -137,6 +139,8 @@ def test_the_params_are_those_that_were_set(story: Story) -> None:
     rates = {name: story.run(name).data.params["train.learning_rate"] for name in ALL}
     assert rates == {"slow": "0.001", "middling": "0.002", "fast": "0.004", "temporary": "0.008", "restored": "0.002"}
     assert story.run("restored").data.params["report.gallery_size"] == "5"
+    processes = {name: story.run(name).data.params["train.processes"] for name in ALL}
+    assert processes == {name: "2" if name == SHARED else "1" for name in ALL}
 
 
 def test_a_restored_training_has_the_model_of_the_one_that_was_executed(story: Story) -> None:

@@ -1,11 +1,13 @@
 """Recipes and studies: valid overlays, a row for each seed, and nothing trained twice."""
 
 import csv
+import signal
 from pathlib import Path
 
 import pytest
 from repository import Repository
 
+from mnist_pipeline.cli import main
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.model import Net, count_parameters
 from mnist_pipeline.params import load_params
@@ -54,6 +56,22 @@ def test_a_study_plans_seed_after_seed_of_one_thread() -> None:
 
 def test_a_validation_study_holds_images_out() -> None:
     assert {params.data.validation_size for params in plan("specification", 2, validation=True)} == {5000}
+
+
+def test_an_interrupted_command_says_so_by_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("mnist_pipeline.study.study", interrupt)
+    monkeypatch.setattr("sys.argv", ["mnist", "study", "fast"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
 
 
 def made_up(name: str, *accuracies: float) -> Study:

@@ -334,5 +334,16 @@ def onnx(path: Path, model: Path, as_json: bool) -> None:
 
 
 def main() -> None:
-    """Run the command; see `errors.run` for how a mistake ends it."""
-    errors.run(mnist)
+    """Run the command; see `errors.run` for how a mistake or an interruption ends it, click for a wrong option."""
+    errors.run(command)
+
+
+def command() -> None:
+    """Run the command as click does by itself, but for Ctrl-C, which click ends like a mistake."""
+    try:
+        mnist(standalone_mode=False)
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
