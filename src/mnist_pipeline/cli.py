@@ -298,7 +298,7 @@ def info(model: Path, as_json: bool) -> None:
     ]
     rows += [("total", "", "", f"{total:,}", "")]
     for name, kind, shape, parameters, field in rows:
-        print(f"{name:<16}  {kind:<17}  {shape:<8}  {parameters:>10}  {field:>15}".rstrip())
+        print(f"{name:<18}  {kind:<17}  {shape:<8}  {parameters:>10}  {field:>15}".rstrip())
 
 
 @mnist.group()
