@@ -15,8 +15,8 @@ from mnist_pipeline.training import start_training, train
 
 
 def work(params: Params) -> None:
-    provenance = trace("train")
-    with parallel.join(params.train.processes, params.threads, provenance) as group:
+    with parallel.join(params.threads) as group:
+        provenance = group.agree(lambda: trace("train"))
         parts = load_training_data(RAW, ADDED, params.data, params.seed)
         digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
         training = start_training(build_model(params.model, params.seed).to(group.device), params.train, group)

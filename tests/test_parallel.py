@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -167,10 +168,22 @@ def test_torchrun_must_start_as_many_processes_as_the_params_say(tmp_path: Path)
     assert "error: train.processes is 3, and torchrun started 1" in finished.stdout
 
 
-def test_torchruns_machines_must_have_as_many_processes_each(tmp_path: Path) -> None:
-    finished = workspace(tmp_path, processes=3).stage("train", PET_NNODES="2")
+@pytest.mark.parametrize("processes", [1, 3])
+def test_machines_must_have_as_many_processes_each(tmp_path: Path, processes: int) -> None:
+    finished = workspace(tmp_path, processes=processes).stage("train", PET_NNODES="2")
     assert finished.returncode == 1
-    assert finished.stdout.startswith("error: train.processes must be a multiple of PET_NNODES, and is 3")
+    assert finished.stdout.startswith(f"error: train.processes must be a multiple of PET_NNODES, and is {processes}")
+
+
+@pytest.mark.parametrize("endpoint", ["", "nowhere.invalid:29400", "192.0.2.1:29400", "localhost:port"])
+def test_machines_must_be_told_where_they_meet(tmp_path: Path, endpoint: str) -> None:
+    finished = workspace(tmp_path, processes=2).stage("train", PET_NNODES="2", PET_RDZV_ENDPOINT=endpoint)
+    assert finished.returncode == 1
+    wanted = (
+        f"error: PET_RDZV_ENDPOINT must be a host:port of this machine, where the others meet it, and is {endpoint!r}"
+    )
+    assert finished.stdout.startswith(wanted)
+    assert finished.stdout.count("\n") == 1
 
 
 def two_machines(root: Path) -> tuple[Repository, Repository]:
@@ -195,27 +208,43 @@ def start_on_two(
     return driving, second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
 
 
-def join_as_another(params: Params) -> None:
-    """Join a group with a fingerprint that no other process has."""
-    found = trace("train")
-    other = replace(found, command=f"{found.command} {os.environ['RANK']}")
-    with join(2, params.threads, other):
-        pass
+def join_with_another_command(params: Params) -> None:
+    found = trace("train", params)
+    with join(params.threads) as group:
+        group.agree(lambda: replace(found, command=f"{found.command} {os.environ['RANK']}"))
 
 
-def test_a_worker_with_something_else_is_refused_and_both_are_named(
-    params: Params, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def join_without_images(params: Params) -> None:
+    with join(params.threads) as group:
+        if os.environ["RANK"] == "1":
+            os.chdir(tempfile.mkdtemp(dir="."))
+            shutil.copy("../dvc.yaml", ".")
+        group.agree(lambda: trace("train", params))
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (join_with_another_command, r"command is (.*) 1 in process 1, \1 0 in the leading one: make them equal"),
+        (join_without_images, r"data/added is absent: .* \(process 1\)"),
+    ],
+)
+def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    work: Callable[[Params], None],
+    told: str,
 ) -> None:
     monkeypatch.chdir(workspace(tmp_path).root)
     two = params.model_copy(update={"train": params.train.model_copy(update={"processes": 2})})
-    told = r"the fingerprint of code, params and data is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading"
     with pytest.raises(UserError, match=told):
-        launch(join_as_another, two)
+        launch(work, two)
 
 
-def test_a_machine_with_something_else_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
+def test_a_machine_with_other_params_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
     first, second = two_machines(tmp_path)
-    second.set_param("seed", 1)
+    second.set_param("processes", 1)
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
     began = time.monotonic()
@@ -224,10 +253,9 @@ def test_a_machine_with_something_else_is_refused_at_once_and_both_are_told(tmp_
     assert time.monotonic() - began < 120, "they waited for one another"
     assert driving.returncode == 1
     assert other.returncode != 0
+    assert said.startswith(f"Waiting at {endpoint} for machines: 1 more")
     for told in (said, others):
-        digests = re.search(r"error: the fingerprint .* (\w{64}) in process \d, (\w{64}) in the leading one", told)
-        assert digests, told
-        assert digests[1] != digests[2]
+        assert re.search(r"error: train.processes is 1 in process \d, 2 in the leading one: make them equal", told)
     assert "Traceback" not in said
 
 

@@ -7,9 +7,11 @@ Source: PyTorch's documentation of torchrun and of DistributedDataParallel.
 """
 
 import copy
+import json
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +38,7 @@ RESTARTS = 3  # of all processes, each time that one has died
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 # Of torchrun, its options --nnodes, --rdzv-endpoint and --local-addr.
 NODES, ENDPOINT, ADDRESS = "PET_NNODES", "PET_RDZV_ENDPOINT", "PET_LOCAL_ADDR"
+MISTAKE = "mistake"  # what a process has that can not even begin
 DRIVES = "MNIST_DRIVES"  # in the environment of those processes that this machine's pipeline has started
 # Each start of the processes gets a store of its own to meet in: a shared one has the addresses of dead processes.
 OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
@@ -95,16 +98,40 @@ class Group:
         dist.broadcast(sent, source)
         return sent.cpu().numpy().tobytes()
 
-    def require_same(self, name: str, value: str) -> None:
-        """Compare what must be the same in all processes, such as a digest, with what the leading one has.
+    def exchange(self, value: Any) -> list[Any]:
+        """Return what all processes have, in the order of their ranks; values are of JSON's types."""
+        return [json.loads(self.send(json.dumps(value).encode(), rank)) for rank in range(self.size)]
+
+    def agree(self, trace: Callable[[], Provenance]) -> Provenance:
+        """Return what this process is to make its outputs from, which must be the same in all.
 
         Raises:
-            UserError: some process has something else. All of them raise it.
+            UserError: one process has another commit, other versions of packages, code, params or data, or lacks some;
+                or torchrun started another number of processes than the params say. All processes raise it.
         """
-        for rank in range(self.size):
-            leaders, other = self.send(value.encode()), self.send(value.encode(), source=rank)
-            if leaders != other:
-                raise UserError(f"{name} is {other.decode()} in process {rank}, {leaders.decode()} in the leading one")
+        own: dict[str, object] = {}
+        try:
+            provenance = trace()
+            if self.size > 1:
+                own = identity(provenance)
+        except UserError as error:
+            own = {MISTAKE: str(error)}
+        found = self.exchange(own)
+        for rank, others in enumerate(found):
+            if MISTAKE in others:
+                where = f" (process {rank})" if self.size > 1 else ""
+                raise UserError(f"{others[MISTAKE]}{where}")
+        leaders = found[self.leader]
+        for rank, others in enumerate(found):
+            for name in leaders | others:
+                theirs, leading = others.get(name), leaders.get(name)
+                if theirs != leading:
+                    raise UserError(
+                        f"{name} is {theirs} in process {rank}, {leading} in the leading one: make them equal"
+                    )
+        if (processes := provenance.params["train.processes"]) != self.size:
+            raise UserError(f"train.processes is {processes}, and torchrun started {self.size}: make them equal")
+        return provenance
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Return what stands for a model in a step of training: it has the model's very weights and statistics."""
@@ -130,8 +157,12 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
     Raises:
         UserError: the work raised it, or has failed for good.
     """
+    if dist.is_torchelastic_launched():
+        work(params)
+        return
     processes = params.train.processes
-    if processes == 1 or dist.is_torchelastic_launched():
+    nodes = machines(processes)
+    if processes == 1:
         work(params)
         return
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # slow to import
@@ -139,9 +170,7 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    given = os.environ.get(NODES, "1")
-    if not given.isdecimal() or not (nodes := int(given)) or processes % nodes:
-        raise UserError(f"train.processes must be a multiple of {NODES}, and is {processes}, where {NODES} is {given}")
+    endpoint = meeting_point(nodes)
     if (wanted := processes // nodes * params.threads) > (cores := os.cpu_count() or 1):
         print(
             f"warning: train.processes and threads make {wanted} threads on the {cores} cores of this machine: "
@@ -160,12 +189,14 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
             nproc_per_node=processes // nodes,
             run_id="none",  # torchrun's, unless it is given another
             rdzv_backend="c10d",
-            rdzv_endpoint=os.environ.get(ENDPOINT, "localhost:0"),
+            rdzv_endpoint=endpoint,
             rdzv_configs={"is_host": True},
             local_addr=os.environ.get(ADDRESS) or (None if nodes > 1 else "localhost"),
             max_restarts=RESTARTS,
             logs_specs=DefaultLogsSpecs(log_dir=temporary),
         )
+        if nodes > 1:
+            print(f"Waiting at {endpoint} for machines: {nodes - 1} more", flush=True)
         try:
             elastic_launch(config, attempt)(work, params, mistake)
         except SignalException:
@@ -174,9 +205,7 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
         except RendezvousError as error:
             if not mistake.exists():  # else that is why
                 why = f"{type(error).__name__}: {error}".strip(": ")
-                raise UserError(
-                    f"the machines did not meet at {config.rdzv_endpoint}, or one has left ({why})"
-                ) from None
+                raise UserError(f"the machines did not meet at {endpoint}, or one has left ({why})") from None
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             if failure.exitcode > 0:
@@ -187,6 +216,39 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
             ) from None
         if mistake.exists():
             raise UserError(read_text(mistake))
+
+
+def machines(processes: int) -> int:
+    """Return over how many machines the processes are spread.
+
+    Raises:
+        UserError: `NODES` gives them no equal shares.
+    """
+    given = os.environ.get(NODES, "1")
+    if not given.isdecimal() or not (nodes := int(given)) or processes % nodes:
+        raise UserError(f"train.processes must be a multiple of {NODES}, and is {processes}, where {NODES} is {given}")
+    return nodes
+
+
+def meeting_point(nodes: int) -> str:
+    """Return where machines meet, as host:port: on this one, at any free port if there is no other.
+
+    Raises:
+        UserError: there are others, and nothing can listen at `ENDPOINT`.
+    """
+    if nodes == 1:
+        return "localhost:0"
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    endpoint = os.environ.get(ENDPOINT, "")
+    try:
+        address = parse_rendezvous_endpoint(endpoint or "?", default_port=0)
+        socket.create_server(address, family=socket.getaddrinfo(*address)[0][0]).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{ENDPOINT} must be a host:port of this machine, where the others meet it, and is {endpoint!r} ({error})"
+        ) from None
+    return endpoint
 
 
 def attempt(work: Callable[[Params], None], params: Params, mistake: Path) -> None:
@@ -210,30 +272,21 @@ def interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
-def join(processes: int, threads: int, provenance: Provenance) -> Iterator[Group]:
+def join(threads: int) -> Iterator[Group]:
     """Set torch up and give the group that this process belongs to, of one where `launch` started no others.
 
     Only its leader prints.
-
-    Raises:
-        UserError: torchrun started another number of processes than the params say, or one of them would train
-            something else: with another commit, other versions of packages, other code, params or data.
     """
     device = set_up_torch(threads)
     if not dist.is_torchelastic_launched():
         yield Group(device=device)
         return
-    if (started := int(os.environ["WORLD_SIZE"])) != processes:
-        raise UserError(f"train.processes is {processes}, and torchrun started {started}: make them equal")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        group = Group(dist.get_rank(), started, device, drives=DRIVES in os.environ)
-        group.require_same("the commit", commit()["git_commit"])
-        group.require_same(f"the SHA-256 of {REQUIREMENTS}", sha256(REQUIREMENTS))
-        group.require_same("the fingerprint of code, params and data", provenance.fingerprint)
+        group = Group(dist.get_rank(), dist.get_world_size(), device, drives=DRIVES in os.environ)
         if group.leads:
             for interruption in INTERRUPTIONS:
                 signal.signal(interruption, interrupt_once)
@@ -248,6 +301,17 @@ def join(processes: int, threads: int, provenance: Provenance) -> Iterator[Group
         for interruption in INTERRUPTIONS:
             signal.signal(interruption, signal.SIG_DFL)  # there is nothing left to end in good order
         dist.destroy_process_group()
+
+
+def identity(provenance: Provenance) -> dict[str, object]:
+    """Name all that must be the same in processes that train together; of files, their SHA-256."""
+    return {
+        "git_commit": commit()["git_commit"],
+        str(REQUIREMENTS): sha256(REQUIREMENTS),
+        "command": provenance.command,
+        **provenance.params,
+        **provenance.inputs,
+    }
 
 
 class Sum(torch.autograd.Function):

@@ -18,7 +18,6 @@ from mnist_pipeline.model import build_model
 from mnist_pipeline.parallel import BatchNorm, Dropout, Group, join, launch
 from mnist_pipeline.params import Params
 from mnist_pipeline.paths import RAW
-from mnist_pipeline.provenance import trace
 from mnist_pipeline.training import start_training, train
 
 ROUNDS = 3
@@ -51,7 +50,7 @@ def processes_and_threads(params: Params) -> dict[str, Any]:
 
 def train_some(report: Path, params: Params) -> None:
     """Train on some images for two epochs, as a process of a group, and report the seconds of the second."""
-    with join(params.train.processes, params.threads, trace("train", params)) as group:
+    with join(params.threads) as group:
         digits = load_digits(RAW, "train")[:SOME].tensors(params.data, group.device)
         two_epochs = params.train.model_copy(update={"epochs": 2})
         training = start_training(build_model(params.model, params.seed).to(group.device), two_epochs, group)
@@ -65,7 +64,7 @@ def train_some(report: Path, params: Params) -> None:
 
 def sum_often(report: Path, params: Params) -> None:
     """Report how long a group takes to add up all gradients, and the statistics of the widest normalisation."""
-    with join(params.train.processes, params.threads, trace("train", params)) as group:
+    with join(params.threads) as group:
         sizes = (
             sum(weights.numel() for weights in build_model(params.model, 0).parameters()),
             2 * max(params.model.channels),
