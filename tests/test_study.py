@@ -1,6 +1,5 @@
 """Recipes and studies: valid overlays, a row for each seed, and nothing trained twice."""
 
-import csv
 import signal
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from repository import Repository
 
 from mnist_pipeline.cli import main
 from mnist_pipeline.errors import UserError
+from mnist_pipeline.files import read_table
 from mnist_pipeline.model import Net, count_parameters
 from mnist_pipeline.params import load_params
 from mnist_pipeline.recipes import Study, load_studies, overlay_of, paired_p_value
@@ -112,8 +112,7 @@ def test_a_study_trains_each_seed_once(tmp_path: Path) -> None:
 
     first = repository.run("mnist", "study", "quick", "--seeds", "2")
     assert first.returncode == 0, first.stdout
-    with table.open() as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(table)
     assert [row["seed"] for row in rows] == ["0", "1"]
     assert "2 seeds, test_accuracy" in first.stdout
     children = {run.info.run_name: run for run in repository.runs()}
@@ -127,11 +126,37 @@ def test_a_study_trains_each_seed_once(tmp_path: Path) -> None:
         assert run.info.status == "FINISHED"
     assert parent.info.status == "FINISHED"
 
+    def again(seeds: int) -> str:
+        finished = repository.run("mnist", "study", "quick", "--seeds", str(seeds))
+        assert finished.returncode == 0, finished.stdout
+        return finished.stdout
+
+    def trainings() -> int:
+        return len([run for run in repository.runs() if run.info.run_name.startswith("quick")])
+
+    def figures(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+        return [{name: row[name] for name in row.keys() - {"seconds", "fingerprint"}} for row in rows]
+
     before = table.read_bytes()
-    again = repository.run("mnist", "study", "quick", "--seeds", "2")
-    assert again.returncode == 0, again.stdout
+    again(seeds=1)
     assert table.read_bytes() == before
-    assert len([run for run in repository.runs() if run.info.run_name.startswith("quick")]) == 2
+    assert trainings() == 2
+
+    code = tmp_path / "src/mnist_pipeline/model.py"
+    code.write_text(f"{code.read_text()}# says nothing new\n")
+    assert "code have changed, and seed 0 comes out the same" in again(seeds=2)
+    assert figures(read_table(table)) == figures(rows)
+    assert trainings() == 3
+    renewed = table.read_bytes()
+    assert renewed != before, "the rows do not name the code of now"
+    again(seeds=2)
+    assert table.read_bytes() == renewed
+
+    code.write_text(f"{code.read_text()}# nor this\n")
+    table.write_text(table.read_text().replace(rows[0]["test_loss"], "0.5"))  # as if other code had made it
+    assert "code have changed, and seed 0 differs" in again(seeds=2)
+    assert figures(read_table(table)) == figures(rows)
+    assert trainings() == 5
 
 
 @pytest.mark.pipeline

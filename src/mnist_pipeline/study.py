@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
@@ -13,8 +13,10 @@ from mnist_pipeline.provenance import trace
 from mnist_pipeline.recipes import MEASURES, VALIDATION, Study, overlay_of, read_rows
 from mnist_pipeline.tracking import study_run
 from mnist_pipeline.tracking.trials import close_lost_runs
-from mnist_pipeline.trial import VALIDATION_SIZE, Trial, alone
+from mnist_pipeline.trial import VALIDATION_SIZE, Row, Trial, alone
 from mnist_pipeline.workers import place_of, workers
+
+PARAMS, FINGERPRINT = "params_sha256", "fingerprint"  # columns of a study's table: what a row was made from
 
 
 def run_experiment(name: str, arguments: Sequence[str]) -> int:
@@ -30,32 +32,61 @@ def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> No
     """Train a recipe from the seeds 0, 1, 2, … and write each one's row to the study's table as soon as it is there.
 
     With `validation` it trains on some images less and scores on those; the test images are not looked at. A row that
-    is there, of the same params, data and code, is not made again. One process a core, each of one thread: they do more
-    than one process of several threads. With `ray` they run in the cluster at that address.
+    is there, of the same params, data and code, is not made again. Where data or code have changed since, one seed is
+    trained again: if every figure of it comes out the same, so would the others', and their rows stay.
+
+    One process a core, each of one thread: they do more than one process of several threads. With `ray` they run in
+    the cluster at that address.
     """
     table = STUDIES / f"{name}{VALIDATION if validation else ''}.csv"
-    measure = "monitor_accuracy" if validation else "test_accuracy"
-    trials = {trace("train", params).fingerprint: params for params in plan(name, seeds, validation)}
-    wanted = {"fingerprint", "monitor_accuracy", *([] if validation else MEASURES)}
-    rows = [row for row in read_rows(table) if wanted <= row.keys() and row["fingerprint"] in trials]
-    left = trials.keys() - {row["fingerprint"] for row in rows}
     stages = ["train"] if validation else ["train", "evaluate"]
+    measures = ["monitor_accuracy"] if validation else MEASURES
+    known = {row["seed"]: row for row in read_rows(table) if {PARAMS, FINGERPRINT, *measures} <= row.keys()}
+    trials = {str(params.seed): params for params in plan(name, max(seeds, len(known)), validation)}
+    origins = {seed: origin(params) for seed, params in trials.items()}
+    rows = {seed: known[seed] for seed in trials if seed in known and known[seed][PARAMS] == origins[seed][PARAMS]}
+    changed = [seed for seed in rows if rows[seed][FINGERPRINT] != origins[seed][FINGERPRINT]]
+
+    def keep() -> None:
+        ordered = [rows[seed] for seed in trials if seed in rows]
+        write_csv(table, ordered)
+        print(f"{table}: {Study(name, ordered).summary(measures[0])}", flush=True)
+
     with place_of(ray) as place, study_run(f"study {table.stem}") as parent:
         with workers(place) as pool:
 
-            def train(fingerprint: str) -> dict[str, str] | None:
-                params = trials[fingerprint]
-                return pool.run(Trial(f"{table.stem}-{params.seed}", params, stages, parent))
+            def train(seed: str) -> Row:
+                row = pool.run(Trial(f"{table.stem}-{seed}", trials[seed], stages, parent))
+                return {**(row or {}), **origins[seed]}
 
-            found = pool.map(train, [fingerprint for fingerprint in trials if fingerprint in left])
-            for fingerprint, row in tqdm(found, desc=table.stem, total=len(left), unit="training", disable=None):
-                rows.append({**(row or {}), "fingerprint": fingerprint})
-                rows.sort(key=lambda row: int(row["seed"]))
-                write_csv(table, rows)
-                print(f"{table}: {Study(name, rows).summary(measure)}", flush=True)
+            def train_all(seeds: Sequence[str]) -> Iterable[tuple[str, Row]]:
+                found = pool.map(train, seeds)
+                return tqdm(found, desc=table.stem, total=len(seeds), unit="training", disable=None)
+
+            for seed, row in train_all(changed[:1]):
+                if not (same := figures(row) == figures(rows[seed])):
+                    rows = {other: rows[other] for other in rows.keys() - changed}
+                rows = {other: rows[other] | origins[other] for other in rows} | {seed: row}
+                print(
+                    f"{table}: data or code have changed, and seed {seed} {'comes out the same' if same else 'differs'}"
+                )
+            if not (left := [seed for seed in list(trials)[:seeds] if seed not in rows]):
+                keep()
+            for seed, row in train_all(left):
+                rows[seed] = row
+                keep()
         close_lost_runs(parent)
-    if not left:
-        print(f"{table}: {Study(name, rows).summary(measure)}, all there")
+
+
+def origin(params: Params) -> Row:
+    """Name what a training is made from, as columns of a study's table: its params, and all that it reads."""
+    found = trace("train", params)
+    return {PARAMS: found.params_sha256, FINGERPRINT: found.fingerprint}
+
+
+def figures(row: Row) -> Row:
+    """Return what the same training gives again, to the last digit."""
+    return {name: value for name, value in row.items() if name not in {PARAMS, FINGERPRINT, "seconds"}}
 
 
 def plan(name: str, seeds: int, validation: bool) -> list[Params]:
