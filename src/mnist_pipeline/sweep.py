@@ -59,7 +59,9 @@ def sweep(path: Path, trials: int, ray: str | None = None) -> None:
         left = total - len(search.ended())
         if left > 0:
             with place_of(ray) as place, study_run(f"sweep {space.name}") as parent:
-                print(f"{total - left} of {total} trials are there, of this space, data and code; {place[0]} run at once")
+                print(
+                    f"{total - left} of {total} trials are there, of this space, data and code; {place[0]} run at once"
+                )
                 with workers(place) as pool:
                     said = pool.map(lambda _: search.run_trial(pool, parent), range(left))
                     for _, line in tqdm(said, desc=space.name, total=left, unit="trial", disable=None):
