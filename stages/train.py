@@ -1,6 +1,5 @@
 """Train the network, in one process or in several, and write its weights and the history of its epochs."""
 
-from mnist_pipeline import parallel
 from mnist_pipeline.checkpoint import Checkpoint
 from mnist_pipeline.console import TrainingLog
 from mnist_pipeline.data import load_training_data
@@ -9,14 +8,15 @@ from mnist_pipeline.files import write_csv
 from mnist_pipeline.model import build_model, save_model
 from mnist_pipeline.params import Params, load_params
 from mnist_pipeline.paths import ADDED, HISTORY, MODEL, RAW
+from mnist_pipeline.processes import agree, join, launch
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.tracking import training_run
 from mnist_pipeline.training import start_training, train
 
 
 def work(params: Params) -> None:
-    with parallel.join(params.threads) as group:
-        provenance = group.agree(lambda: trace("train"))
+    with join(params.threads) as group:
+        provenance = agree(group, lambda: trace("train"))
         parts = load_training_data(RAW, ADDED, params.data, params.seed)
         digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
         training = start_training(build_model(params.model, params.seed).to(group.device), params.train, group)
@@ -37,4 +37,4 @@ def work(params: Params) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: parallel.launch(work, load_params()))
+    run(lambda: launch(work, load_params()))

@@ -20,8 +20,8 @@ from repository import DATA, Repository, after_an_epoch
 
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_table
-from mnist_pipeline.parallel import join, launch
 from mnist_pipeline.params import Params
+from mnist_pipeline.processes import agree, join, launch
 from mnist_pipeline.provenance import trace
 
 pytestmark = pytest.mark.pipeline
@@ -211,7 +211,7 @@ def start_on_two(
 def join_with_another_command(params: Params) -> None:
     found = trace("train", params)
     with join(params.threads) as group:
-        group.agree(lambda: replace(found, command=f"{found.command} {os.environ['RANK']}"))
+        agree(group, lambda: replace(found, command=f"{found.command} {os.environ['RANK']}"))
 
 
 def join_without_images(params: Params) -> None:
@@ -219,7 +219,7 @@ def join_without_images(params: Params) -> None:
         if os.environ["RANK"] == "1":
             os.chdir(tempfile.mkdtemp(dir="."))
             shutil.copy("../dvc.yaml", ".")
-        group.agree(lambda: trace("train", params))
+        agree(group, lambda: trace("train", params))
 
 
 @pytest.mark.parametrize(

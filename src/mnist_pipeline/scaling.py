@@ -15,9 +15,10 @@ from mnist_pipeline.data import SIDE, load_digits
 from mnist_pipeline.files import read_text, write_text
 from mnist_pipeline.inference import set_up_torch
 from mnist_pipeline.model import build_model
-from mnist_pipeline.parallel import BatchNorm, Dropout, Group, join, launch
+from mnist_pipeline.parallel import BatchNorm, Dropout, Group
 from mnist_pipeline.params import Params
 from mnist_pipeline.paths import RAW
+from mnist_pipeline.processes import join, launch
 from mnist_pipeline.training import start_training, train
 
 ROUNDS = 3
