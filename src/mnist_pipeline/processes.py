@@ -68,8 +68,9 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
             file=sys.stderr,
             flush=True,
         )
-    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)  # of a process that died, `join` tells
+    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # of a process that died, `join` tells
+        logging.getLogger(noisy).addHandler(logging.NullHandler())
+        logging.getLogger(noisy).propagate = False  # the levels of the loggers below are set one by one
     os.environ |= {DRIVES: "1", OWN_STORE: "1"}
     with tempfile.TemporaryDirectory() as temporary:
         mistake = Path(temporary) / "mistake"
