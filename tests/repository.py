@@ -5,8 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mlflow import MlflowClient
@@ -48,8 +50,11 @@ class Repository:
     uri: str = ""
 
     @classmethod
-    def create(cls, root: Path, uri: str = "", **params: object) -> "Repository":
-        """Copy the pipeline into a directory, with params of the given names (the first of each) set."""
+    def create(cls, root: Path, uri: str = "", fresh: bool = False, **params: object) -> "Repository":
+        """Copy the pipeline into a directory, with params of the given names (the first of each) set.
+
+        MLflow's database is there, empty, unless the repository is to be as fresh as a clone.
+        """
         repository = cls(root, uri)
         for name in PIPELINE:
             (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +63,8 @@ class Repository:
             else:
                 shutil.copy(ROOT / name, root / name)
         shutil.copy(DATA / "SHA256SUMS", root / "data")
+        if not (fresh or uri):
+            (root / "mlflow.db").write_bytes(empty_database())
         (root / "reports/studies").mkdir(parents=True)
         (root / "reports/studies/.gitkeep").touch()  # as a repository without studies would keep the directory
         for name, value in {"threads": 1, "epochs": 2, "batch_size": 64, **params}.items():
@@ -135,6 +142,14 @@ class Repository:
     def steps(self, run: Run, metric: str = "train_loss") -> list[int]:
         """Return the epochs for which a run has a metric."""
         return [point.step for point in self.client.get_metric_history(run.info.run_id, metric)]
+
+
+@cache
+def empty_database() -> bytes:
+    """Return a database with MLflow's tables, which take seconds to make, and nothing in them."""
+    with tempfile.TemporaryDirectory() as directory:
+        MlflowClient(tracking_uri=f"sqlite:///{directory}/mlflow.db").search_experiments()
+        return (Path(directory) / "mlflow.db").read_bytes()
 
 
 def after_an_epoch(process: "subprocess.Popen[str]", act: Callable[[], object]) -> str:

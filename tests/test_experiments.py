@@ -49,7 +49,7 @@ def wait_for(repository: Repository, unwanted: str, seconds: float = 300) -> lis
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     """Run experiments in a repository with the data and without a database."""
-    repository = Repository.create(tmp_path_factory.mktemp("experiments")).init()
+    repository = Repository.create(tmp_path_factory.mktemp("experiments"), fresh=True).init()
     repository.dvc("repro", "download").check_returncode()
     repository.commit()
     assert not (repository.root / "mlflow.db").exists()

@@ -35,7 +35,7 @@ class Step:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    return Repository.create(tmp_path_factory.mktemp("repository")).init()
+    return Repository.create(tmp_path_factory.mktemp("repository"), fresh=True).init()
 
 
 @pytest.fixture(scope="module")

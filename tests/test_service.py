@@ -263,7 +263,7 @@ def test_no_damaged_image_breaks_it(client: httpx.Client, digits: Digits, form: 
 
 @pytest.fixture
 def repository(tmp_path: Path, trained_model: Path) -> Repository:
-    repository = Repository.create(tmp_path / "repository")
+    repository = Repository.create(tmp_path / "repository", fresh=True)
     (repository.root / MODEL).parent.mkdir()
     shutil.copy(trained_model, repository.root / MODEL)
     return repository

@@ -1,7 +1,6 @@
 """The tracking: one run for a training, found again by its model, whole or, when the store fails, without harm."""
 
 import contextlib
-import functools
 import io
 import json
 import os
@@ -9,7 +8,6 @@ import platform
 import shutil
 import sqlite3
 import subprocess
-import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +20,7 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
-from repository import Repository
+from repository import Repository, empty_database
 
 from mnist_pipeline.data import Digits, load_digits, load_training_data
 from mnist_pipeline.errors import UserError
@@ -81,14 +79,6 @@ TESTED = {
     "parameters": 19_210,
 }
 FOREIGN = ("DVC_", "GIT_", "MLFLOW_EXPERIMENT", "MLFLOW_RUN", "MLFLOW_TRACKING", "MNIST_")
-
-
-@functools.cache
-def empty_database() -> bytes:
-    """Return a database with MLflow's tables, which take seconds to make, and nothing in them."""
-    with tempfile.TemporaryDirectory() as directory:
-        MlflowClient(tracking_uri=f"sqlite:///{directory}/mlflow.db").search_experiments()
-        return (Path(directory) / "mlflow.db").read_bytes()
 
 
 @contextlib.contextmanager

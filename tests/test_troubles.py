@@ -22,9 +22,9 @@ OUTPUTS = ["models/model.safetensors", "reports/history.csv"]
 NOTHING: list[str] = []
 
 
-def workspace(root: Path) -> Repository:
+def workspace(root: Path, fresh: bool = False) -> Repository:
     """Return a pipeline of which the train stage can run."""
-    repository = Repository.create(root)
+    repository = Repository.create(root, fresh=fresh)
     shutil.copytree(DATA, root / "data/raw")
     return repository
 
@@ -204,7 +204,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
     place = tmp_path_factory.mktemp("disks")
     steps = {}
     with mounted(place / "disk", "16m") as disk:
-        repository = workspace(disk / "repository")
+        repository = workspace(disk / "repository", fresh=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         steps["read-only"] = train(repository)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
