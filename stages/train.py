@@ -16,7 +16,7 @@ from mnist_pipeline.training import start_training, train
 
 def work(params: Params) -> None:
     with join(params.threads) as group:
-        provenance = agree(group, lambda: trace("train"))
+        provenance = agree(group, lambda: trace("train", params))
         parts = load_training_data(RAW, ADDED, params.data, params.seed)
         digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
         training = start_training(build_model(params.model, params.seed).to(group.device), params.train, group)

@@ -21,7 +21,7 @@ from repository import DATA, Repository, after_an_epoch
 from mnist_pipeline.errors import UserError
 from mnist_pipeline.files import read_table
 from mnist_pipeline.params import Params
-from mnist_pipeline.processes import agree, join, launch
+from mnist_pipeline.processes import DRIVES, OWN_STORE, agree, join, launch
 from mnist_pipeline.provenance import trace
 
 pytestmark = pytest.mark.pipeline
@@ -232,6 +232,8 @@ def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
 ) -> None:
     monkeypatch.chdir(workspace(tmp_path).root)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for name in (DRIVES, OWN_STORE):
+        monkeypatch.setenv(name, "")  # which `launch` sets for good
     two = params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 2})})
     with pytest.raises(UserError, match=told):
         launch(work, two)

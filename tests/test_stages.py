@@ -90,11 +90,19 @@ def used_files(root: Path, script: Path) -> set[str]:
 
 
 def used_sections(script: Path) -> set[str]:
-    """Return the sections of the params that a script reads; to pass the params on whole is to read all."""
-    uses = [node for node in nodes_of(script) if isinstance(node, ast.Name | ast.Attribute)]
+    """Return the sections of the params that a script reads; to pass the params on whole is to read all.
+
+    But for `trace`, which takes those that the stage declares.
+    """
+    nodes = nodes_of(script)
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    traced = [argument for call in calls if ast.unparse(call.func) == "trace" for argument in call.args]
+    uses = [node for node in nodes if isinstance(node, ast.Name | ast.Attribute)]
     bare = [node for node in uses if isinstance(node, ast.Name) and node.id == "params"]
     read = [node for node in uses if isinstance(node, ast.Attribute) and node.value in bare]
-    passed_on = [node for node in bare if isinstance(node.ctx, ast.Load) and node not in [use.value for use in read]]
+    passed_on = [
+        node for node in bare if isinstance(node.ctx, ast.Load) and node not in [*traced, *(use.value for use in read)]
+    ]
     return SECTIONS if passed_on else {node.attr for node in read}
 
 

@@ -87,7 +87,7 @@ def launch(work: Callable[[Params], None], params: Params) -> None:
             logs_specs=DefaultLogsSpecs(log_dir=temporary),
         )
         if nodes > 1:
-            print(f"Waiting at {endpoint} for machines: {nodes - 1} more", flush=True)
+            print(f"Waiting at {endpoint} for machines: {nodes - 1} more, ten minutes at most", flush=True)
         try:
             elastic_launch(config, attempt)(work, params, mistake)
         except SignalException:
@@ -133,8 +133,10 @@ def meeting_point(nodes: int) -> str:
 
     endpoint = os.environ.get(ENDPOINT, "")
     try:
-        address = parse_rendezvous_endpoint(endpoint or "?", default_port=0)
-        socket.create_server(address, family=socket.getaddrinfo(*address)[0][0]).close()
+        host, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+        if not port:
+            raise ValueError("the port is missing")
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, ValueError) as error:
         raise UserError(
             f"{ENDPOINT} must be a host:port of this machine, where the others meet it, and is {endpoint!r} ({error})"
@@ -206,7 +208,7 @@ def agree(group: Group, trace: Callable[[], Provenance]) -> Provenance:
         provenance = trace()
         if group.size > 1:
             own = identity(provenance)
-    except UserError as error:
+    except (UserError, OSError) as error:
         own = {MISTAKE: str(error)}
     found = group.exchange(own)
     for rank, others in enumerate(found):
@@ -216,7 +218,7 @@ def agree(group: Group, trace: Callable[[], Provenance]) -> Provenance:
     leaders = found[group.leader]
     for rank, others in enumerate(found):
         for name in leaders | others:
-            theirs, leading = others.get(name), leaders.get(name)
+            theirs, leading = others.get(name, "absent"), leaders.get(name, "absent")
             if theirs != leading:
                 raise UserError(f"{name} is {theirs} in process {rank}, {leading} in the leading one: make them equal")
     if (processes := provenance.params["train.processes"]) != group.size:

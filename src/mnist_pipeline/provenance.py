@@ -6,7 +6,7 @@ import os
 import platform
 import subprocess
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -65,10 +65,10 @@ class Provenance:
         }
 
 
-def trace(stage: str, params: Params | None = None) -> Provenance:
+def trace(stage: str, params: Params | None = None, but: Collection[Path] = ()) -> Provenance:
     """Take the digests of what a stage reads, before it runs: DVC takes its own when it has ended (dvc#11058).
 
-    The params are those of `params.yaml`, or others that it would run with.
+    The params are those of `params.yaml`, or others that it would run with. Inputs that are to come may be left out.
     """
     declared = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
     params = params or load_params()
@@ -76,7 +76,7 @@ def trace(stage: str, params: Params | None = None) -> Provenance:
         stage,
         declared["cmd"],
         flatten({section: getattr(params, section) for section in declared["params"]}),
-        {path: digest(Path(path)) for path in declared["deps"]},
+        {path: digest(Path(path)) for path in declared["deps"] if Path(path) not in but},
         [path for kind in ("outs", "metrics", "plots") for path in names(declared.get(kind, []))],
         names(declared.get("metrics", [])),
     )

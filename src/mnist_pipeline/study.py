@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from mnist_pipeline.files import write_csv
 from mnist_pipeline.params import Params, flatten, load_params, read_sections
-from mnist_pipeline.paths import STUDIES
+from mnist_pipeline.paths import MODEL, STUDIES
 from mnist_pipeline.provenance import trace
 from mnist_pipeline.recipes import MEASURES, VALIDATION, Study, overlay_of, read_rows
 from mnist_pipeline.tracking import study_run
@@ -16,7 +16,8 @@ from mnist_pipeline.tracking.trials import close_lost_runs
 from mnist_pipeline.trial import VALIDATION_SIZE, Row, Trial, alone
 from mnist_pipeline.workers import place_of, workers
 
-PARAMS, FINGERPRINT = "params_sha256", "fingerprint"  # columns of a study's table: what a row was made from
+# Columns of a study's table: what a row is made from, or what one seed has shown to give the same row.
+PARAMS, FINGERPRINT, EVALUATION = "params_sha256", "fingerprint", "evaluation_fingerprint"
 
 
 def run_experiment(name: str, arguments: Sequence[str]) -> int:
@@ -33,7 +34,7 @@ def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> No
 
     With `validation` it trains on some images less and scores on those; the test images are not looked at. A row that
     is there, of the same params, data and code, is not made again. Where data or code have changed since, one seed is
-    trained again: if every figure of it comes out the same, so would the others', and their rows stay.
+    trained again: if every figure of it comes out the same, so should the others', and their rows stay.
 
     One process a core, each of one thread: they do more than one process of several threads. With `ray` they run in
     the cluster at that address.
@@ -41,13 +42,21 @@ def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> No
     table = STUDIES / f"{name}{VALIDATION if validation else ''}.csv"
     stages = ["train"] if validation else ["train", "evaluate"]
     measures = ["monitor_accuracy"] if validation else MEASURES
-    known = {row["seed"]: row for row in read_rows(table) if {PARAMS, FINGERPRINT, *measures} <= row.keys()}
-    trials = {str(params.seed): params for params in plan(name, max(seeds, len(known)), validation)}
-    origins = {seed: origin(params) for seed, params in trials.items()}
-    rows = {seed: known[seed] for seed in trials if seed in known and known[seed][PARAMS] == origins[seed][PARAMS]}
-    changed = [seed for seed in rows if rows[seed][FINGERPRINT] != origins[seed][FINGERPRINT]]
+    known = {row["seed"]: row for row in read_rows(table)}
+    trials = {
+        str(params.seed): params for params in plan(name, max(seeds, *(int(seed) + 1 for seed in known), 0), validation)
+    }
+    origins = {seed: origin(params, stages) for seed, params in trials.items()}
+    rows = {
+        seed: row
+        for seed, row in known.items()
+        if row.get(PARAMS) == origins[seed][PARAMS] and {*measures, FINGERPRINT} <= row.keys()
+    }
+    changed = [seed for seed, row in rows.items() if not origins[seed].items() <= row.items()]
+    if len(rows) < len(known):
+        print(f"{table}: {len(known) - len(rows)} rows are of other params or measures, and go")
 
-    def keep() -> None:
+    def write() -> None:
         ordered = [rows[seed] for seed in trials if seed in rows]
         write_csv(table, ordered)
         print(f"{table}: {Study(name, ordered).summary(measures[0])}", flush=True)
@@ -61,32 +70,39 @@ def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> No
 
             def train_all(seeds: Sequence[str]) -> Iterable[tuple[str, Row]]:
                 found = pool.map(train, seeds)
-                return tqdm(found, desc=table.stem, total=len(seeds), unit="training", disable=None)
+                return tqdm(found, desc=table.stem, total=len(seeds), unit="training", disable=None if seeds else True)
 
             for seed, row in train_all(changed[:1]):
-                if not (same := figures(row) == figures(rows[seed])):
-                    rows = {other: rows[other] for other in rows.keys() - changed}
-                rows = {other: rows[other] | origins[other] for other in rows} | {seed: row}
+                same = figures(row) == figures(rows[seed])
                 print(
                     f"{table}: data or code have changed, and seed {seed} {'comes out the same' if same else 'differs'}"
                 )
-            if not (left := [seed for seed in list(trials)[:seeds] if seed not in rows]):
-                keep()
+                for other in changed:
+                    if same:
+                        rows[other] |= origins[other]
+                    else:
+                        del rows[other]
+                rows[seed] = row
+                write()
+            left = [seed for seed in list(trials)[:seeds] if seed not in rows]
             for seed, row in train_all(left):
                 rows[seed] = row
-                keep()
+                write()
+            if not (changed or left):
+                write()
         close_lost_runs(parent)
 
 
-def origin(params: Params) -> Row:
-    """Name what a training is made from, as columns of a study's table: its params, and all that it reads."""
-    found = trace("train", params)
-    return {PARAMS: found.params_sha256, FINGERPRINT: found.fingerprint}
+def origin(params: Params, stages: Sequence[str]) -> Row:
+    """Name what a row is made from, as columns of a study's table: params, and all that its stages read."""
+    training = trace("train", params)
+    names = {PARAMS: training.params_sha256, FINGERPRINT: training.fingerprint}
+    return names | ({EVALUATION: trace("evaluate", params, but=[MODEL]).fingerprint} if "evaluate" in stages else {})
 
 
 def figures(row: Row) -> Row:
     """Return what the same training gives again, to the last digit."""
-    return {name: value for name, value in row.items() if name not in {PARAMS, FINGERPRINT, "seconds"}}
+    return {name: value for name, value in row.items() if name not in {PARAMS, FINGERPRINT, EVALUATION, "seconds"}}
 
 
 def plan(name: str, seeds: int, validation: bool) -> list[Params]:
