@@ -207,6 +207,14 @@ def join_with_another_command(params: Params) -> None:
         agree(group, lambda: replace(found, command=f"{found.command} {os.environ['RANK']}"))
 
 
+def join_with_another_lock_file(params: Params) -> None:
+    with join(params.threads) as group:
+        if os.environ["RANK"] == "1":
+            os.chdir(shutil.copytree(".", tempfile.mkdtemp(dir=".."), dirs_exist_ok=True))
+            Path("requirements.lock").write_text("torch==0.1\n")
+        agree(group, lambda: trace("train", params))
+
+
 def join_without_images(params: Params) -> None:
     with join(params.threads) as group:
         if os.environ["RANK"] == "1":
@@ -219,6 +227,10 @@ def join_without_images(params: Params) -> None:
     ("work", "told"),
     [
         (join_with_another_command, r"command is (.*) 1 in process 1, \1 0 in the leading one: make them equal"),
+        (
+            join_with_another_lock_file,
+            r"requirements.lock is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading one: make them equal",
+        ),
         (join_without_images, r"data/added is absent: .* \(process 1\)"),
     ],
 )
