@@ -1,7 +1,7 @@
 # The project's vocabulary, the same for people, hooks and CI. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pull repro backfill reproduce test check lock ui bench dropout diff readme
+.PHONY: help setup pull repro backfill reproduce test test-all check lock ui bench diff readme
 
 PYTHON ?= python3
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -12,7 +12,7 @@ COMPILE := uv pip compile --quiet --universal --python-version 3.11 --extra clus
 	--no-emit-index-url --no-annotate --custom-compile-command "make lock" pyproject.toml --output-file
 
 help: ## list the targets (the default)
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/installed ## make .venv and install what the lock file names
 
@@ -39,13 +39,17 @@ backfill: export MNIST_TRACKING = required
 backfill: setup ## give MLflow the run of outputs that DVC restored, or that it missed
 	mnist backfill
 
-test: setup ## run all tests: the quick ones, and real runs of `dvc repro` on 500 digits
+test: setup ## run the tests: a real story for each promise, on 500 digits
+	pytest -m "not thorough"
+
+test-all: setup ## run all tests, also what needs a Ray cluster, PostgreSQL, mounts, network namespaces or minutes
 	pytest
 
 check: setup ## lint, format, types, workflows, and the lock file in step with pyproject.toml
 	ruff format --check
 	ruff check
 	mypy
+	lint-imports --no-cache
 	zizmor --offline --quiet --strict-collection .github
 	@cp requirements.lock .venv/requirements.lock && $(COMPILE) .venv/requirements.lock
 	@cmp requirements.lock .venv/requirements.lock || { echo "error: requirements.lock is not in step with pyproject.toml: make lock" >&2; exit 1; }
@@ -61,13 +65,6 @@ reproduce: setup ## train the committed commit again in a temporary clone and co
 
 bench: setup repro ## time an epoch beside the plain loop, measure memory: reports/bench.json (minutes)
 	mnist bench
-
-dropout: setup ## train both kinds of dropout on three seeds: reports/dropout.csv (an hour)
-	for seed in 0 1 2; do for kind in element channel; do \
-		dvc exp run --temp --name dropout-$$kind-$$seed --set-param seed=$$seed \
-			--set-param model.dropout_kind=$$kind --set-param data.validation_size=5000 || exit 1; \
-	done; done
-	mnist dropout
 
 diff: setup repro ## train for five epochs and compare with the last commit: reports/diff.md (minutes)
 	dvc exp run --temp --force --name five-epochs --set-param train.epochs=5

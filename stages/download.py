@@ -1,9 +1,9 @@
 """Bring MNIST's four files to data/raw, verified, and say what is in them."""
 
-from mnist_pipeline.data import load_digits
-from mnist_pipeline.download import download, read_digests
-from mnist_pipeline.errors import run
-from mnist_pipeline.paths import DIGESTS, RAW
+from mnist_pipeline.common.errors import run
+from mnist_pipeline.common.paths import DIGESTS, RAW
+from mnist_pipeline.data.digits import load_digits
+from mnist_pipeline.data.download import download, read_digests
 
 
 def main() -> None:

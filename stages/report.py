@@ -1,17 +1,19 @@
 """Write the report, as Markdown and as a page, and draw its figures."""
 
-from mnist_pipeline import paths
-from mnist_pipeline.architecture import describe
-from mnist_pipeline.backfill import backfill, missing
-from mnist_pipeline.data import FILES, load_additions, load_digits
-from mnist_pipeline.errors import run
-from mnist_pipeline.files import sha256, write_text
-from mnist_pipeline.model import load_model
-from mnist_pipeline.page import render_page
-from mnist_pipeline.params import load_params
-from mnist_pipeline.provenance import trace
-from mnist_pipeline.reporting import draw_charts, load_results, render_report, write_figures
-from mnist_pipeline.tracking import Store, tolerant
+from mnist_pipeline.common import paths
+from mnist_pipeline.common.errors import run
+from mnist_pipeline.common.files import sha256, write_text
+from mnist_pipeline.common.params import load_params
+from mnist_pipeline.data.digits import FILES, load_digits
+from mnist_pipeline.data.training_set import load_additions
+from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.report.architecture import describe
+from mnist_pipeline.report.document import draw_charts, render_report, write_figures
+from mnist_pipeline.report.page import render_page
+from mnist_pipeline.report.results import load_results
+from mnist_pipeline.tracking.backfill import backfill, missing
+from mnist_pipeline.tracking.provenance import trace
+from mnist_pipeline.tracking.store import Store, continue_untracked
 
 
 def main() -> None:
@@ -19,7 +21,7 @@ def main() -> None:
     provenance = trace("report")
     digits = {part: load_digits(paths.RAW, part) for part in ("train", "test")}
     digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
-    model = load_model(paths.MODEL)
+    model = load_model(paths.MODEL).network
     layers = describe(model)
     results = load_results(
         paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
@@ -30,7 +32,7 @@ def main() -> None:
     report = render_report(params, digits, layers, results, {str(path): sha256(path) for path in files})
     write_text(paths.REPORT, report)
     write_text(paths.PAGE, render_page(report, paths.REPORT.parent, charts))
-    with tolerant("the report"):
+    with continue_untracked("the report"):
         store = Store()
         backfill(store, missing(store, "evaluate"))
         store.add_to_run_of(paths.MODEL, provenance)

@@ -1,14 +1,13 @@
 """The README tells the truth: its figures are those of the reports, its commands and files are there."""
 
 import re
-from pathlib import Path
 
 import pytest
+from mnist_pipeline.BENCH.pages import renew
+from support import ROOT
 
-from mnist_pipeline.params import Params, flatten
-from mnist_pipeline.readme import renew
+from mnist_pipeline.common.params import Params, flatten
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

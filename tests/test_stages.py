@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from support import ROOT
 
-from mnist_pipeline import paths
-from mnist_pipeline.params import Params
+from mnist_pipeline.common import paths
+from mnist_pipeline.common.params import Params
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = Path("src/mnist_pipeline")
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))

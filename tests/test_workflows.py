@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import yaml
+from support import ROOT
 
-ROOT = Path(__file__).parents[1]
 GITHUB = sorted((ROOT / ".github/workflows").glob("*.yml"))
 GITLAB = ROOT / "docs/gitlab-ci.yml"
 SECRETS = re.compile(r"\$\{\{ secrets\.\w+ \}\}")

@@ -7,8 +7,8 @@ from typing import BinaryIO, cast
 
 import click
 
-from mnist_pipeline import errors
-from mnist_pipeline.paths import MODEL, RAW
+from mnist_pipeline.common import errors
+from mnist_pipeline.common.paths import MODEL, RAW
 
 model_option = click.option("--model", type=click.Path(path_type=Path), default=MODEL, help="The model's file.")
 ray_option = click.option(
@@ -29,7 +29,7 @@ def mnist() -> None:
 @mnist.command()
 def backfill() -> None:
     """Give MLflow the run of outputs that DVC restored, or that it missed."""
-    from mnist_pipeline.backfill import main
+    from mnist_pipeline.tracking.backfill import main
 
     main()
 
@@ -41,26 +41,6 @@ def reproduce() -> None:
     It runs in a temporary clone, without any cache. The exit code is 0 if all outputs are identical.
     """
     from mnist_pipeline.reproduce import main
-
-    main()
-
-
-@mnist.command()
-@click.argument("parts", nargs=-1)
-def bench(parts: tuple[str, ...]) -> None:
-    """Time an epoch beside the plain loop, and what else a training costs: reports/bench.json.
-
-    PARTS, names of that file, are measured alone; the others keep what they have.
-    """
-    from mnist_pipeline.bench import main
-
-    main(parts)
-
-
-@mnist.command()
-def dropout() -> None:
-    """Collect the runs of `make dropout`: reports/dropout.csv."""
-    from mnist_pipeline.dropout import main
 
     main()
 
@@ -84,7 +64,7 @@ def experiment(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...])
     RECIPE is one of experiments/, or `specification` for params.yaml as it is. Further arguments go to `dvc exp run`,
     such as --queue, --temp or --force.
     """
-    from mnist_pipeline.study import run_experiment
+    from mnist_pipeline.experiments.recipes import run_experiment
 
     sys.exit(run_experiment(recipe, [*(f"--set-param={param}" for param in params), *arguments]))
 
@@ -99,7 +79,7 @@ def study(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
 
     RECIPE is one of experiments/, or `specification` for params.yaml as it is. A study that was killed goes on.
     """
-    from mnist_pipeline.study import study
+    from mnist_pipeline.experiments.study import study
 
     study(recipe, seeds, validation, ray)
 
@@ -114,7 +94,7 @@ def sweep(space: Path, trials: int, ray: str | None) -> None:
     SPACE names a recipe to start from and, for params, ranges or lists of choices. Trials are scored on training images
     held out, hopeless ones stopped early. A sweep that was killed goes on.
     """
-    from mnist_pipeline.sweep import sweep
+    from mnist_pipeline.experiments.sweep import sweep
 
     sweep(space, trials, ray)
 
@@ -134,7 +114,7 @@ def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> 
 
     Pictures go into a directory beside FILE: FILE's name without its ending, and -pictures.
     """
-    from mnist_pipeline.ci_report import write_ci_report
+    from mnist_pipeline.promotion.ci_report.report import write_ci_report
 
     write_ci_report(base, out, log, artifacts)
 
@@ -149,7 +129,7 @@ def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> 
 )
 def serve(host: str, port: int, model: Path | None) -> None:
     """Serve a page to draw a digit on, and its API."""
-    from mnist_pipeline.service import serve
+    from mnist_pipeline.serving.service import serve
 
     serve(host, port, model)
 
@@ -161,14 +141,14 @@ def gate(as_json: bool) -> None:
 
     Each rule is listed with its bound, what was found, and the verdict.
     """
-    from mnist_pipeline.gate import judge, render
+    from mnist_pipeline.promotion.gate import judge, render_verdicts
 
     verdicts = judge()
     passed = all(verdict.passed for verdict in verdicts)
     if as_json:
         print(json.dumps({"passed": passed, "rules": [vars(verdict) for verdict in verdicts]}, indent=2))
     else:
-        print(render(verdicts))
+        print(render_verdicts(verdicts))
     sys.exit(not passed)
 
 
@@ -181,20 +161,12 @@ def promote(reason: str, rollback: bool) -> None:
     It becomes a version of the registered model and the challenger; when the gate passes, the champion, and the former
     champion the previous one. If it fails, the exit code is 1. Each version's tags tell what became of it.
     """
-    from mnist_pipeline import promotion
+    from mnist_pipeline.promotion.promote import promote_model, roll_back
 
     if rollback:
-        promotion.roll_back(reason)
+        roll_back(reason)
     else:
-        promotion.promote(reason)
-
-
-@mnist.command()
-def readme() -> None:
-    """Carry the results of the last runs into README.md."""
-    from mnist_pipeline.readme import main
-
-    main()
+        promote_model(reason)
 
 
 @mnist.command()
@@ -208,7 +180,7 @@ def add(source: Path, name: str | None, normalize: bool) -> None:
     named as those of MNIST's training images are. A copy of one of MNIST's images, above all of a test image, is
     refused.
     """
-    from mnist_pipeline.additions import add
+    from mnist_pipeline.serving.additions import add
 
     add(source, name or source.resolve().name, normalize)
 
@@ -223,8 +195,8 @@ def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
     Any colours and size will do, dark on light or light on dark. A picture that cannot be read gets a line on standard
     error, the others are answered all the same, and the exit code is 1.
     """
-    from mnist_pipeline.classifier import Classifier
-    from mnist_pipeline.preprocessing import normalize, open_image
+    from mnist_pipeline.serving.classifier import Classifier
+    from mnist_pipeline.serving.preprocessing import normalize, open_image
 
     classifier = Classifier(model)
     answers = []
@@ -255,18 +227,22 @@ def info(model: Path, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from mnist_pipeline.architecture import describe
-    from mnist_pipeline.classifier import Classifier
-    from mnist_pipeline.files import sha256
-    from mnist_pipeline.model import Net
-    from mnist_pipeline.params import load_params
+    from mnist_pipeline.common.files import sha256
+    from mnist_pipeline.common.params import Normalization, load_params
+    from mnist_pipeline.model.network import Net
+    from mnist_pipeline.report.architecture import describe
+    from mnist_pipeline.serving.classifier import Classifier
 
     if model == MODEL and not model.exists():
         params = load_params()
-        network, normalization, digest = Net(params.model), params.data, None
+        network, normalization, digest = (
+            Net(params.model),
+            Normalization(mean=params.data.mean, std=params.data.std),
+            None,
+        )
     else:
         classifier = Classifier(model)
-        network, normalization, digest = classifier.model, classifier.normalization, sha256(model)
+        network, normalization, digest = classifier.network, classifier.normalization, sha256(model)
     layers = describe(network)
     total = sum(layer.parameters for layer in layers)
     if as_json:
@@ -319,8 +295,8 @@ def onnx(path: Path, model: Path, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from mnist_pipeline.data import load_digits
-    from mnist_pipeline.export import TOLERANCE, export_onnx
+    from mnist_pipeline.data.digits import load_digits
+    from mnist_pipeline.serving.onnx import TOLERANCE, export_onnx
 
     agreement = export_onnx(model, path, load_digits(RAW, "test"))
     if as_json:

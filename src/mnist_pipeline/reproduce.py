@@ -8,10 +8,10 @@ from pathlib import Path
 
 import yaml
 
-from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import read_csv
-from mnist_pipeline.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
-from mnist_pipeline.provenance import clean_environment, git
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import read_csv
+from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
+from mnist_pipeline.tracking.provenance import clean_environment, git
 
 COMPARED = [HISTORY, PREDICTIONS]  # kept in git, so that their numbers can be set beside the new ones
 

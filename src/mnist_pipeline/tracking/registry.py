@@ -17,12 +17,12 @@ import mlflow
 from filelock import FileLock
 from mlflow.entities import LoggedModelStatus, Run
 
-from mnist_pipeline.data import Digits
-from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import sha256
-from mnist_pipeline.paths import MODEL
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import sha256
+from mnist_pipeline.common.paths import MODEL
+from mnist_pipeline.data.digits import Digits
 from mnist_pipeline.tracking.run import DATA_TAG, DIGEST_LENGTH, MODEL_TAG, NOTE_TAG
-from mnist_pipeline.tracking.store import DATABASE, URI, Store, plain
+from mnist_pipeline.tracking.store import DATABASE, URI, Store, store_errors
 
 REGISTERED = "mnist"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # models:/mnist@champion
@@ -62,7 +62,7 @@ class Version:
         Raises:
             UserError: it is not the file that the run trained.
         """
-        with plain():
+        with store_errors():
             file = Path(self.client.download_artifacts(self.run.info.run_id, str(MODEL), str(directory)))
         if sha256(file) != self.run.data.tags.get(MODEL_TAG):
             raise UserError(f"{MODEL} of run {self.run.info.run_id} ({self}) is not the file that it trained")
@@ -204,7 +204,7 @@ def find_champion() -> Version | None:
     """
     if URI not in os.environ and not DATABASE.exists():
         return None
-    with plain():
+    with store_errors():
         return Registry(Store()).find(CHAMPION)
 
 

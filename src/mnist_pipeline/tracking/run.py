@@ -12,12 +12,12 @@ import mlflow
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from torch import Tensor, nn
 
-from mnist_pipeline.data import Digits
-from mnist_pipeline.files import read_text, sha256
-from mnist_pipeline.model import count_parameters
-from mnist_pipeline.params import flatten
-from mnist_pipeline.paths import RAW
-from mnist_pipeline.provenance import Provenance, uncommitted
+from mnist_pipeline.common.files import read_text, sha256
+from mnist_pipeline.common.params import flatten
+from mnist_pipeline.common.paths import RAW
+from mnist_pipeline.data.digits import Digits
+from mnist_pipeline.model.network import count_parameters
+from mnist_pipeline.tracking.provenance import Provenance, uncommitted
 
 MODEL_TAG = "model_sha256"  # a run that has it holds all of its training
 DATA_TAG = "data_sha256"

@@ -1,5 +1,6 @@
 """The tracking store: its runs, and what happens when it fails."""
 
+import logging
 import os
 import platform
 import re
@@ -17,11 +18,11 @@ from mlflow.entities import Run
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from mnist_pipeline.data import Digits
-from mnist_pipeline.errors import UserError
-from mnist_pipeline.files import sha256
-from mnist_pipeline.params import flatten
-from mnist_pipeline.provenance import Provenance, title
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import sha256
+from mnist_pipeline.common.params import flatten
+from mnist_pipeline.data.digits import Digits
+from mnist_pipeline.tracking.provenance import Provenance, title
 from mnist_pipeline.tracking.run import DATA_TAG, MODEL_TAG, TrackedRun
 
 URI = "MLFLOW_TRACKING_URI"
@@ -36,10 +37,11 @@ class Store:
     """The tracking store: the runs of this project in it."""
 
     def __init__(self) -> None:
-        """Connect, and make the experiment where it is not there.
+        """Connect, and make the experiment if it is not there.
 
         Paths are absolute: DVC runs experiments in a temporary copy and names the original `DVC_ROOT`.
         """
+        _configure_mlflow()
         root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
         self.database = root / DATABASE
         os.environ[URI] = os.environ.get(URI) or f"sqlite:///{self.database}"
@@ -132,12 +134,27 @@ def finished_runs(condition: str) -> list[dict[str, Any]]:
     return [flatten({"params": run.data.params, "metrics": run.data.metrics}) for run in reversed(runs)]
 
 
+def _configure_mlflow() -> None:
+    """Silence MLflow, and bound how long it waits for a server; what the user has set stays."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # By default MLflow waits minutes for a server that does not answer. These settings give a request up after 13
+    # seconds. A stage may send one more to close what it began, so it loses less than 30.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
+    os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
+    mlflow.telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]  # the import has set one already
+    for name in ("mlflow", "urllib3"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `continue_untracked` says all there is to say
+
+
 class StoreError(UserError):
     """The store failed."""
 
 
 @contextmanager
-def plain() -> Iterator[None]:
+def store_errors() -> Iterator[None]:
     """Say in one line why the store fails in the block.
 
     Raises:
@@ -152,7 +169,7 @@ def plain() -> Iterator[None]:
 
 
 @contextmanager
-def tolerant(untracked: str) -> Iterator[None]:
+def continue_untracked(untracked: str) -> Iterator[None]:
     """Say in one line that something is not tracked, and why, where the store fails in the block.
 
     Raises:
@@ -162,7 +179,7 @@ def tolerant(untracked: str) -> Iterator[None]:
     if (choice := os.environ.get("MNIST_TRACKING", choices[0])) not in choices:
         raise UserError(f"MNIST_TRACKING must be {' or '.join(choices)}, and is {choice!r}")
     try:
-        with plain():
+        with store_errors():
             yield
     except StoreError as error:
         message = f"{error}, so {untracked} is not tracked"

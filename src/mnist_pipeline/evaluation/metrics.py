@@ -1,0 +1,114 @@
+"""What a trained network gets right and wrong on the test images."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mnist_pipeline.common.params import Normalization
+from mnist_pipeline.data.digits import CLASSES, Digits
+from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
+from mnist_pipeline.model.inference import predict, score
+
+BINS = 15
+SCORES = ("accuracy", "loss", "calibration_error")  # what is measured under each corruption
+
+
+def measure(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
+    """Return loss (nats an image), accuracy and counts, over all images and for each class, and calibration error.
+
+    `log_probabilities` are (N, 10), `labels` (N,) with some of each class. The images at the places `disputed` are left
+    out of the undisputed accuracy.
+    """
+    right = log_probabilities.argmax(dim=1) == labels
+    total = score(log_probabilities, labels)
+    undisputed = right.new_ones(len(right))
+    undisputed[list(disputed)] = False
+    return {
+        "test_accuracy": total.accuracy,
+        "test_undisputed_accuracy": right[undisputed].double().mean().item(),
+        **{f"test_{name}": value for name, value in asdict(total).items()},
+        "test_misclassified": total.total - total.correct,
+        "test_calibration_error": calibration_error(calibration(log_probabilities, labels)),
+        "test_per_class_accuracy": {
+            str(digit): right[labels == digit].double().mean().item() for digit in range(CLASSES)
+        },
+    }
+
+
+def calibration(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
+    """Return, for each bin of confidence that has images, how many, how sure the network was and how often right.
+
+    The bins are fifteen of equal width between 0 and 1 (Guo et al., arXiv:1706.04599).
+    """
+    confidence, prediction = log_probabilities.double().exp().max(dim=1)
+    places = (confidence * BINS).ceil().clamp(1, BINS)
+    return [
+        {
+            "images": int((members := places == place).sum()),
+            "confidence": confidence[members].mean().item(),
+            "accuracy": (prediction == labels)[members].double().mean().item(),
+        }
+        for place in places.unique()  # sorted
+    ]
+
+
+def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
+    """Return the expected calibration error: how far confidence and accuracy of a bin are apart, mean over images."""
+    images = sum(row["images"] for row in bins)
+    return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / images
+
+
+def measure_robustness(
+    model: nn.Module, digits: Digits, normalization: Normalization, batch_size: int, device: torch.device
+) -> list[dict[str, Any]]:
+    """Return a row for each corruption: how the network, on the device, reads the digits corrupted by it.
+
+    One corrupted copy of the digits is held at a time.
+    """
+    rows = []
+    for corruption in tqdm(CORRUPTIONS, desc="Corrupting", unit="corruption", delay=2, leave=False, disable=None):
+        images, labels = corruption.apply(digits).tensors(normalization, device)
+        log_probabilities = predict(model, images, batch_size)
+        total = score(log_probabilities, labels)
+        error = calibration_error(calibration(log_probabilities, labels))
+        found = dict(zip(SCORES, (total.accuracy, total.loss, error), strict=True))
+        rows.append({"corruption": corruption.name, "family": corruption.family, **found})
+    return rows
+
+
+def family_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return, for each family of corruptions, the means over its rows, which follow one another."""
+    families = {family: list(members) for family, members in groupby(rows, key=lambda row: row["family"])}
+    return {
+        family: {measure: statistics.mean(row[measure] for row in members) for measure in SCORES}
+        for family, members in families.items()
+    }
+
+
+def corrupted_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean accuracy of each family of corruptions under the name of its metric."""
+    return {
+        f"test_corrupted_{family.replace('-', '_')}_accuracy": means["accuracy"]
+        for family, means in family_means(rows).items()
+    }
+
+
+def predictions(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, object]]:
+    """Return a row for each image: its place in the test file, its label, the prediction and its probability."""
+    probability, prediction = log_probabilities.exp().max(dim=1)
+    rows = zip(labels.tolist(), prediction.tolist(), probability.tolist(), strict=True)
+    return [
+        {
+            "index": index,
+            "label": label,
+            "prediction": predicted,
+            "probability": f"{confidence:.6f}",
+        }
+        for index, (label, predicted, confidence) in enumerate(rows)
+    ]

@@ -1,0 +1,1 @@
+"""Many trainings: recipes, studies over seeds, sweeps over params, and where they run."""

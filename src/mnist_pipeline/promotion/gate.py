@@ -1,0 +1,195 @@
+"""The gate: whether the model in the workspace is good enough, and traced well enough, to become the champion."""
+
+import json
+import subprocess
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import read_text
+from mnist_pipeline.common.params import Count, Section, load_params, parse_section
+from mnist_pipeline.common.paths import METRICS, PARAMS, RAW
+from mnist_pipeline.common.tables import markdown_table
+from mnist_pipeline.data.digits import Digits, load_digits
+from mnist_pipeline.model.inference import predict, score
+from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.tracking.provenance import DATA, OUTPUTS, digest, sha256_of_data
+from mnist_pipeline.tracking.registry import Version, find_champion
+from mnist_pipeline.tracking.store import address
+
+_VALUE_LENGTH = 160  # characters, so that a row of the table stays readable
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class GateParams(Section):
+    """The section `gate` of the params: what a model must be to become the champion."""
+
+    lowest_accuracy: Share
+    largest_parameter_count: Count
+    largest_calibration_error: Share
+    margin: Share
+    changed_data: bool
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a rule asks and what it found, both for people to read, and whether that passes."""
+
+    rule: str
+    bound: str
+    value: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the gate knows of the model in the workspace, and which files and stages are not what they should be."""
+
+    accuracy: float
+    parameters: int
+    calibration_error: float
+    data_sha256: str
+    changed_files: Sequence[str]
+    changed_stages: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Champion:
+    """What the gate knows of the champion; its accuracy is that on the test images of the workspace."""
+
+    name: str
+    accuracy: float
+    data_sha256: str
+
+
+@dataclass(frozen=True)
+class NoChampion:
+    """Why there is no champion to compare with, and whether that is in order: there has been none yet."""
+
+    reason: str
+    in_order: bool
+
+
+def judge() -> list[Verdict]:
+    """Judge the model in the workspace by the params' bounds.
+
+    Raises:
+        UserError: a file that the pipeline makes is absent or damaged.
+    """
+    params = load_params()
+    champion = look_up_champion(load_digits(RAW, "test"), params.evaluate.batch_size)
+    return decide(parse_section(GateParams, params.gate, f"{PARAMS}: gate."), look_at_candidate(), champion)
+
+
+def decide(bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion) -> list[Verdict]:
+    """Return the verdict of each rule."""
+
+    def at_most(rule: str, bound: float, value: float, form: str) -> Verdict:
+        return Verdict(rule, f"at most {bound:{form}}", f"{value:{form}}", value <= bound)
+
+    def none_of(rule: str, bound: str, differing: Sequence[str]) -> Verdict:
+        value = textwrap.shorten(", ".join(differing), _VALUE_LENGTH, placeholder=" …")
+        return Verdict(rule, bound, value or "clean", not differing)
+
+    return [
+        Verdict(
+            "test accuracy",
+            f"at least {bounds.lowest_accuracy:.2%}",
+            f"{candidate.accuracy:.2%}",
+            candidate.accuracy >= bounds.lowest_accuracy,
+        ),
+        at_most("parameters", bounds.largest_parameter_count, candidate.parameters, ","),
+        at_most("calibration error", bounds.largest_calibration_error, candidate.calibration_error, ".3%"),
+        *compare(bounds, candidate, champion),
+        none_of("git tree", "clean, outputs aside", candidate.changed_files),
+        none_of("dvc status", "clean", candidate.changed_stages),
+    ]
+
+
+def compare(bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion) -> list[Verdict]:
+    """Return the verdicts of the rules that a champion is needed for; they fail where it cannot be known."""
+    beside = ("beside the champion", f"at most {100 * bounds.margin:.2f} points worse on the same test images")
+    data = ("data", "any" if bounds.changed_data else "the champion's")
+    if isinstance(champion, NoChampion):
+        return [Verdict(*rule, champion.reason, champion.in_order) for rule in (beside, data)]
+    better = round(candidate.accuracy - champion.accuracy, 9)  # floats: 0.995 - 0.993 is more than 0.002
+    same = candidate.data_sha256 == champion.data_sha256
+    return [
+        Verdict(
+            *beside,
+            f"{100 * better:+.2f} points: {champion.name} has {champion.accuracy:.2%}",
+            better >= -bounds.margin,
+        ),
+        Verdict(*data, f"{'' if same else 'other than '}{champion.name}'s", same or bounds.changed_data),
+    ]
+
+
+def look_at_candidate() -> Candidate:
+    """Return what the stages and the state of the repository say of the model in the workspace.
+
+    Raises:
+        UserError: the metrics or the data are absent or damaged.
+    """
+    try:
+        metrics = json.loads(read_text(METRICS))
+        measured = float(metrics["test_accuracy"]), int(metrics["parameters"]), float(metrics["test_calibration_error"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{METRICS} is not what evaluate writes: `dvc repro` makes it") from None
+    return Candidate(
+        *measured,
+        sha256_of_data({str(path): digest(path) for path in DATA}),
+        differing(
+            ["git", "status", "--porcelain", "--", ".", *OUTPUTS],
+            lambda printed: [line[3:] for line in printed.splitlines()],
+        ),
+        differing(["dvc", "status", "--json"], lambda printed: list(json.loads(printed))),
+    )
+
+
+def differing(command: Sequence[str], names: Callable[[str], list[str]]) -> list[str]:
+    """Return the names in what a command prints or, where it fails, what it says: then nothing counts as clean."""
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode != 0:
+        return [f"{command[0]} failed: {' '.join(process.stderr.split())}"]
+    return names(process.stdout)
+
+
+def look_up_champion(digits: Digits, batch_size: int) -> Champion | NoChampion:
+    """Return the registry's champion as it does on test images, or why it cannot be known."""
+    try:
+        if (version := find_champion()) is None:
+            return NoChampion(f"none yet in MLflow at {address()}", in_order=True)
+        return Champion(str(version), accuracy_of(version, digits, batch_size), version.data_sha256)
+    except UserError as error:
+        return NoChampion(str(error), in_order=False)
+
+
+def accuracy_of(version: Version, digits: Digits, batch_size: int) -> float:
+    """Return the share of images that a version of the registered model has right.
+
+    Its run says, if these images tested it: so the champion may be of an architecture that the code has left behind.
+    Else its model file reads them.
+
+    Raises:
+        UserError: the file is not there, or not of the network that the code here describes.
+    """
+    if version.tested_on(digits):
+        return version.metrics["test_accuracy"]
+    with TemporaryDirectory() as directory:
+        champion = load_model(version.download(Path(directory)))
+    images, labels = digits.tensors(champion.normalization, torch.device("cpu"))
+    return score(predict(champion.network, images, batch_size), labels).accuracy
+
+
+def render_verdicts(verdicts: Sequence[Verdict]) -> str:
+    """Return verdicts as a Markdown table."""
+    rows = [(one.rule, one.bound, one.value, "passed" if one.passed else "**failed**") for one in verdicts]
+    return markdown_table(["rule", "bound", "value", "verdict"], rows)

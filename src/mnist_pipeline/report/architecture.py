@@ -1,0 +1,79 @@
+"""The network's layers as they are, read off the module: shapes, parameters, receptive fields."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from mnist_pipeline.data.digits import SIDE
+from mnist_pipeline.model.inference import evaluation_mode
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the network as an image passes through it.
+
+    Shapes are those of one image, without the batch. The receptive field is the side, in pixels, of the part of the
+    image that one output value depends on, were the image large enough.
+    """
+
+    block: str
+    name: str
+    kind: str
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    kernel: int | None
+    padding: int | None
+    parameters: int
+    receptive_field: int
+
+
+def describe(model: nn.Module) -> list[Layer]:
+    """List the layers of a network, a sequence of blocks of layers, by passing an image through them one by one.
+
+    The receptive field r and the distance j between neighbouring outputs, in pixels, grow layer by layer:
+    r += (kernel - 1) * j, then j *= stride (Araujo et al., 2019, doi:10.23915/distill.00021).
+    """
+    layers = []
+    activation = torch.zeros(1, 1, SIDE, SIDE, device=next(model.parameters()).device)
+    receptive_field, distance = 1, 1
+    with evaluation_mode(model):
+        for block_name, block in model.named_children():
+            for name, module in block.named_children():
+                output = module(activation)
+                kernel = side(getattr(module, "kernel_size", None))
+                if kernel:
+                    receptive_field += (kernel - 1) * distance
+                    distance *= side(getattr(module, "stride", None)) or 1
+                layers.append(
+                    Layer(
+                        block=block_name,
+                        name=name,
+                        kind=type(module).__name__,
+                        input_shape=tuple(activation.shape[1:]),
+                        output_shape=tuple(output.shape[1:]),
+                        kernel=kernel,
+                        padding=side(getattr(module, "padding", None)),
+                        parameters=sum(parameter.numel() for parameter in module.parameters()),
+                        receptive_field=receptive_field,
+                    )
+                )
+                activation = output
+    return layers
+
+
+def side(size: int | tuple[int, ...] | None) -> int | None:
+    """Return the side of a square window that PyTorch gives as one number or as two equal ones."""
+    return size[0] if isinstance(size, tuple) else size
+
+
+def steps_by_block(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
+    """Group the layers of each block into steps: a convolution or a pooling with the pointwise layers behind it."""
+    blocks: dict[str, list[list[Layer]]] = {}
+    for layer in layers:
+        steps = blocks.setdefault(layer.block, [])
+        if "Conv" in layer.kind or "Pool" in layer.kind or not steps:
+            steps.append([])
+        steps[-1].append(layer)
+    return blocks

@@ -1,0 +1,52 @@
+"""The look that all charts share, and the PNG file of a chart."""
+
+import io
+from pathlib import Path
+
+import altair as alt
+import vl_convert
+from PIL import Image
+
+from mnist_pipeline.report.pictures import write_png
+
+Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+
+WIDTH = 460  # pixels, of a PNG; on the page a chart is as wide as its place
+TRAIN, MONITOR, PUBLISHED, ERROR = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"  # seen on white and on black
+_FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
+_INK = "currentColor"  # the page's text colour, light or dark; black in a PNG
+
+
+def style_chart(chart: Chart) -> Chart:
+    """Give a chart the look that all have."""
+    text = {
+        "labelColor": _INK,
+        "titleColor": _INK,
+        "labelFontSize": 12,
+        "titleFontSize": 12,
+        "titleFontWeight": "normal",
+    }
+    styled: Chart = chart.configure(
+        font=_FONT,
+        background="transparent",
+        axis={
+            **text,
+            "domainColor": _INK,
+            "tickColor": _INK,
+            "domainOpacity": 0.5,
+            "tickOpacity": 0.5,
+            "grid": False,
+            "titlePadding": 8,
+        },
+        legend={**text, "orient": "top", "title": None},
+        view={"stroke": None},
+        text={"color": _INK, "fontSize": 12},
+        rule={"color": _INK},
+    )
+    return styled
+
+
+def write_chart(path: Path, chart: Chart) -> None:
+    """Draw a chart on white as PNG, of 64 colours, which are enough."""
+    drawn = vl_convert.vegalite_to_png(chart.to_dict() | {"background": "white"}, scale=2)
+    write_png(path, Image.open(io.BytesIO(drawn)).convert("RGB").quantize(64))

@@ -1,0 +1,57 @@
+"""The report as one self-contained HTML file: its Markdown, with charts that answer a pointer."""
+
+import base64
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import vl_convert
+from markdown_it import MarkdownIt
+from markdown_it.renderer import RendererHTML
+from markdown_it.token import Token
+from markupsafe import Markup
+
+from mnist_pipeline.report.chart_style import Chart
+
+
+def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> str:
+    """Return the page of a Markdown report, whose images are files under `directory`.
+
+    An image that is named like one of the charts becomes that chart; without JavaScript it stays an image.
+    """
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    def image(renderer: RendererHTML, tokens: Sequence[Token], place: int, *_: Any) -> str:
+        path = directory / str(tokens[place].attrs["src"])
+        alternative = escape(tokens[place].content)
+        content = base64.b64encode(path.read_bytes()).decode()
+        tag = f'<img src="data:image/png;base64,{content}" alt="{alternative}">'
+        if path.stem not in charts:
+            return tag
+        return (
+            f'<span class="chart" id="{path.stem}" role="img" aria-label="{alternative}"></span>'
+            f"<noscript>{tag}</noscript>"
+        )
+
+    markdown.add_render_rule("image", image)
+    markdown.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
+    markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
+    title, introduction, *sections = re.split(r"^##? (.+)\n", report, flags=re.MULTILINE)[1:]
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mnist_pipeline.report"), undefined=jinja2.StrictUndefined, autoescape=True
+    )
+    return environment.get_template(
+        "report.html.j2"
+    ).render(
+        title=title,
+        introduction=Markup(markdown.render(introduction)),  # noqa: S704 (escaped by markdown-it)
+        sections=[
+            {"id": heading.lower().replace(" ", "-"), "title": heading, "body": Markup(markdown.render(body))}  # noqa: S704
+            for heading, body in zip(sections[::2], sections[1::2], strict=True)
+        ],
+        specs={name: chart.to_dict() | {"width": "container"} for name, chart in charts.items()},
+        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # noqa: S704 (Vega, Vega-Lite and Vega-Embed)
+    )

@@ -1,0 +1,77 @@
+"""What there is to report: the outputs of the earlier stages, and the studies."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mnist_pipeline.common.files import read_csv, read_table, read_text
+from mnist_pipeline.data.digits import CLASSES
+from mnist_pipeline.evaluation.metrics import SCORES, family_means
+from mnist_pipeline.report.studies import Study, load_studies
+
+Figures = dict[str, float]  # a row of a table, by column
+
+
+@dataclass(frozen=True)
+class Results:
+    """What there is to report.
+
+    The earlier stages wrote rows for epochs, test images, bins of confidence and corruptions, and the test metrics;
+    `mnist study` the studies of recipes.
+    """
+
+    history: list[Figures]
+    metrics: dict[str, Any]
+    predictions: list[Figures]
+    calibration: list[Figures]
+    robustness: list[dict[str, Any]]
+    studies: list[Study]
+
+    @property
+    def misclassified(self) -> list[Figures]:
+        """The wrong predictions, the most confident first."""
+        wrong = [row for row in self.predictions if row["prediction"] != row["label"]]
+        return sorted(wrong, key=lambda row: (-row["probability"], row["index"]))
+
+    @property
+    def uncorrupted(self) -> dict[str, Any]:
+        """A row like those of the corruptions, of the test images as they are."""
+        return {
+            "corruption": "none",
+            "family": "uncorrupted",
+            **{name: self.metrics[f"test_{name}"] for name in SCORES},
+        }
+
+    @property
+    def family_means(self) -> dict[str, dict[str, float]]:
+        """The mean scores of each family of corruptions."""
+        return family_means(self.robustness)
+
+    @property
+    def confusion(self) -> np.ndarray:
+        """Counts (10, 10) of the labels (rows) by prediction (columns)."""
+        counts = np.zeros((CLASSES, CLASSES), dtype=int)
+        for row in self.predictions:
+            counts[int(row["label"]), int(row["prediction"])] += 1
+        return counts
+
+
+def load_results(
+    history: Path, metrics: Path, predictions: Path, calibration: Path, robustness: Path, studies: Path
+) -> Results:
+    """Read what the earlier stages and the studies wrote.
+
+    Raises:
+        UserError: a file is absent.
+    """
+    return Results(
+        read_csv(history),
+        json.loads(read_text(metrics)),
+        read_csv(predictions),
+        read_csv(calibration),
+        [row | {name: float(row[name]) for name in SCORES} for row in read_table(robustness)],
+        load_studies(studies),
+    )

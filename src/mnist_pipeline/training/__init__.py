@@ -1,0 +1,1 @@
+"""How the network learns: the loop, its optimizers and augmentation, and the checkpoint that survives a kill."""

@@ -1,0 +1,207 @@
+"""One training in several processes, each with its share of every batch (data parallelism).
+
+Together they do what one process does: batches, augmentation and dropout are drawn as for one, batch normalisation
+uses the statistics of the whole batch, the gradient is the sum over all shares. Only the order of sums differs.
+Source: PyTorch's documentation of DistributedDataParallel.
+"""
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mnist_pipeline.common.params import TrainParams
+from mnist_pipeline.common.scores import EpochResult
+from mnist_pipeline.training.checkpoint import dump_training, load_training
+from mnist_pipeline.training.loop import OnBatch, Training, train
+
+_CPU = torch.device("cpu")
+
+
+class Group:
+    """The processes that train together, as one of them sees them. A group of one sends nothing."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = _CPU, drives: bool = True) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        driving = torch.zeros(size, dtype=torch.int64, device=device)
+        driving[rank] = drives
+        self.leader = int(self.sum(driving).argmax())  # the first that drives; any machine may have rank 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes, tracks and prints."""
+        return self.rank == self.leader
+
+    def share(self, batch: Tensor) -> Tensor:
+        """Return this process's part of a batch that all of them hold; parts differ by one image at most."""
+        return batch.tensor_split(self.size)[self.rank]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes; gradients flow back to each."""
+        return values if self.size == 1 else cast("Tensor", _Sum.apply(values))
+
+    def gather(self, share: Tensor, count: int) -> Tensor:
+        """Return the results (count, …) for a whole batch from each process's results for its share.
+
+        Every process then computes the same loss from them. So the gradient of a share flows back to its own process,
+        times the number of processes, since DistributedDataParallel takes the mean.
+        """
+        return share if self.size == 1 else cast("Tensor", _Gather.apply(share, count, self))
+
+    def send(self, content: bytes, source: int | None = None) -> bytes:
+        """Return in every process what the process of rank `source` has, or the leader."""
+        if self.size == 1:
+            return content
+        source = self.leader if source is None else source
+        length = torch.tensor(len(content), device=self.device)
+        dist.broadcast(length, source)
+        sent = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.rank == source:
+            sent.copy_(torch.from_numpy(np.frombuffer(content, np.uint8).copy()))
+        dist.broadcast(sent, source)
+        return sent.cpu().numpy().tobytes()
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in the order of their ranks; values are of JSON's types."""
+        return [json.loads(self.send(json.dumps(value).encode(), rank)) for rank in range(self.size)]
+
+
+def train_in_group(
+    group: Group,
+    training: Training,
+    digits: tuple[Tensor, Tensor],
+    monitor: tuple[Tensor, Tensor],
+    params: TrainParams,
+    seed: int,
+    on_batch: OnBatch = lambda batch, loss: None,
+) -> Iterator[EpochResult]:
+    """Do what `loop.train` does, each process with its share of the work.
+
+    All processes hold all images and go on from where the leader's training stands.
+    """
+    state = group.send(dump_training(training))
+    if not group.leads:
+        load_training(training, state)
+    shared = replace(training, model=SharedModel(training.model, group))
+    yield from train(shared, digits, monitor, params, seed, on_batch)
+
+
+class SharedModel(nn.Module):
+    """A model whose work is shared: it takes a whole batch, computes a share, and returns results for the whole.
+
+    Parameters and buffers are the model's own.
+    """
+
+    def __init__(self, model: nn.Module, group: Group) -> None:
+        super().__init__()
+        self.model, self.group = model, group
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        replica = copy.deepcopy(model, cast("dict[int, Any]", shared))
+        self.layers: list[BatchNorm | Dropout] = []
+        for name, layer in list(replica.named_modules()):
+            if isinstance(layer, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
+                whole = BatchNorm(layer, group) if isinstance(layer, nn.BatchNorm2d) else Dropout(layer, group)
+                replica.set_submodule(name, whole)
+                self.layers.append(whole)
+        # Every process computes the running statistics itself, so the buffers need not be sent.
+        self.replica = DistributedDataParallel(replica.train(), broadcast_buffers=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
+        for layer in self.layers:
+            layer.batch_size = len(images)
+        share = self.group.share(images)
+        return self.group.gather((self.replica if self.training else self.model)(share), len(images))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy, arXiv:1502.03167) of a share by the whole batch's mean and variance.
+
+    torch's SyncBatchNorm does this on GPUs alone.
+    """
+
+    def __init__(self, layer: nn.BatchNorm2d, group: Group) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.register_buffer("running_mean", layer.running_mean)
+        self.register_buffer("running_var", layer.running_var)
+        self.register_buffer("num_batches_tracked", layer.num_batches_tracked)
+        self.momentum, self.eps = cast("float", layer.momentum), layer.eps
+        self.group = group
+        self.batch_size = 0  # images in the whole batch
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Normalise inputs (N, C, H, W), which may be none, and update the running statistics."""
+        count = self.batch_size * inputs.shape[2] * inputs.shape[3]
+        values = inputs.float()
+        sums = torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))]).double()
+        mean, square = self.group.sum(sums) / count
+        variance = square - mean.square()
+        with torch.no_grad():
+            self.get_buffer("running_mean").lerp_(mean.float(), self.momentum)
+            self.get_buffer("running_var").lerp_((variance * count / (count - 1)).float(), self.momentum)
+            self.get_buffer("num_batches_tracked").add_(1)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        normalized: Tensor = values * scale.float().view(-1, 1, 1) + shift.float().view(-1, 1, 1)
+        return normalized.to(inputs.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout of a share, drawn for the whole batch as torch draws it on the CPU."""
+
+    def __init__(self, layer: nn.Dropout | nn.Dropout2d, group: Group) -> None:
+        super().__init__()
+        self.keep = 1 - layer.p
+        self.whole_maps = isinstance(layer, nn.Dropout2d)
+        self.group = group
+        self.batch_size = 0  # images in the whole batch
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Drop some of inputs (N, C, H, W), and scale the others up to make up for them."""
+        if self.keep == 1:
+            return inputs
+        size = (1, 1) if self.whole_maps else inputs.shape[2:]
+        noise = inputs.new_empty(self.batch_size, inputs.shape[1], *size).bernoulli_(self.keep).div_(self.keep)
+        return inputs * self.group.share(noise)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum of a tensor over the processes; each process's part reaches the loss of all, so gradients add up, too."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class _Gather(torch.autograd.Function):
+    """What `Group.gather` does."""
+
+    @staticmethod
+    def forward(ctx: Any, share: Tensor, count: int, group: Group) -> Tensor:
+        ctx.group = group
+        whole = torch.zeros(count, *share.shape[1:], dtype=share.dtype, device=share.device)
+        group.share(whole).copy_(share)
+        dist.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.group.share(gradients[0]) * ctx.group.size, None, None

@@ -1,0 +1,247 @@
+"""How the processes of one training start, meet, compare what they have, and end.
+
+torch.distributed starts them, on one machine or on several, and starts them again when one dies.
+Source: PyTorch's documentation of torchrun.
+"""
+
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import read_text, write_text
+from mnist_pipeline.common.params import Params
+from mnist_pipeline.common.paths import ADDED, RAW
+from mnist_pipeline.data.training_set import load_training_data
+from mnist_pipeline.model.inference import set_up_torch
+from mnist_pipeline.model.network import build_model
+from mnist_pipeline.training.distributed.group import Group, train_in_group
+from mnist_pipeline.training.loop import start_training
+
+_RESTARTS = 3  # of all processes, each time that one has died
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+# torchrun's variables for its options --nnodes, --rdzv-endpoint and --local-addr.
+_NODES, _ENDPOINT, _ADDRESS = "PET_NNODES", "PET_RDZV_ENDPOINT", "PET_LOCAL_ADDR"
+_DRIVES = "MNIST_DRIVES"  # set in the processes that this machine's pipeline has started
+# Each start of the processes gets its own store to meet in: a shared one has the addresses of dead processes.
+_OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+_MISTAKE = "mistake"  # the key under which a process names what it lacks
+
+# What runs in the leader: the train stage, which takes the params and, as `train`, the loop over several processes.
+Stage = Callable[..., None]
+# What must be equal in all processes, by name.
+Identify = Callable[[Params], Mapping[str, object]]
+
+
+def launch(stage: Stage, params: Params, identify: Identify) -> None:
+    """Run the train stage in as many processes as the params say: in this one, if one is enough.
+
+    When a process dies, all start again, up to three times, and go on from the checkpoint. To spread the processes
+    over machines, set torchrun's variables: PET_NNODES, and PET_RDZV_ENDPOINT (host:port), where they meet, on the
+    machine that calls this. It leads; the other machines run torchrun.
+
+    Raises:
+        UserError: the stage raised it, or the processes failed for good.
+    """
+    if dist.is_torchelastic_launched():
+        _take_part(stage, params, identify)
+        return
+    processes = params.train.processes
+    nodes = _count_machines(processes)
+    if processes == 1:
+        stage(params)
+        return
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException  # slow to import
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    endpoint = _meeting_point(nodes)
+    if (wanted := processes // nodes * params.threads) > (cores := os.cpu_count() or 1):
+        print(
+            f"warning: train.processes and threads make {wanted} threads on the {cores} cores of this machine: "
+            "they will wait for one another",
+            file=sys.stderr,
+            flush=True,
+        )
+    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # of a process that died, `join` tells
+        logging.getLogger(noisy).addHandler(logging.NullHandler())
+        logging.getLogger(noisy).propagate = False  # the levels of the loggers below are set one by one
+    os.environ |= {_DRIVES: "1", _OWN_STORE: "1"}
+    with tempfile.TemporaryDirectory() as temporary:
+        mistake = Path(temporary) / "mistake"
+        config = LaunchConfig(
+            min_nodes=nodes,
+            max_nodes=nodes,
+            nproc_per_node=processes // nodes,
+            run_id="none",  # torchrun's, unless it is given another
+            rdzv_backend="c10d",
+            rdzv_endpoint=endpoint,
+            rdzv_configs={"is_host": True},
+            local_addr=os.environ.get(_ADDRESS) or (None if nodes > 1 else "localhost"),
+            max_restarts=_RESTARTS,
+            logs_specs=DefaultLogsSpecs(log_dir=temporary),
+        )
+        if nodes > 1:
+            print(f"Waiting at {endpoint} for machines: {nodes - 1} more, ten minutes at most", flush=True)
+        try:
+            elastic_launch(config, _run_worker)(stage, params, identify, mistake)
+        except SignalException:
+            if not mistake.exists():  # else the process that made it has sent the signal
+                raise KeyboardInterrupt from None
+        except RendezvousError as error:
+            if not mistake.exists():  # else that is why
+                why = f"{type(error).__name__}: {error}".strip(": ")
+                raise UserError(f"the machines did not meet at {endpoint}, or one has left ({why})") from None
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if failure.exitcode > 0:
+                raise
+            raise UserError(
+                f"processes were killed {_RESTARTS + 1} times, at last process {rank} by {failure.signal_name()}: "
+                f"is there memory for {processes} (train.processes)?"
+            ) from None
+        if mistake.exists():
+            raise UserError(read_text(mistake))
+
+
+def _count_machines(processes: int) -> int:
+    """Return over how many machines the processes are spread.
+
+    Raises:
+        UserError: `_NODES` gives them no equal shares.
+    """
+    given = os.environ.get(_NODES, "1")
+    if not given.isdecimal() or not (nodes := int(given)) or processes % nodes:
+        raise UserError(
+            f"train.processes must be a multiple of {_NODES}, and is {processes}, where {_NODES} is {given}"
+        )
+    return nodes
+
+
+def _meeting_point(nodes: int) -> str:
+    """Return where machines meet, as host:port: on this one, at any free port if there is no other.
+
+    Raises:
+        UserError: there are others, and nothing can listen at `_ENDPOINT`.
+    """
+    if nodes == 1:
+        return "localhost:0"
+    from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
+
+    endpoint = os.environ.get(_ENDPOINT, "")
+    try:
+        host, port = parse_rendezvous_endpoint(endpoint, default_port=0)
+        if not port:
+            raise ValueError("the port is missing")
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{_ENDPOINT} must be a host:port of this machine, where the others meet it, and is {endpoint!r} ({error})"
+        ) from None
+    return endpoint
+
+
+def _run_worker(stage: Stage, params: Params, identify: Identify, mistake: Path) -> None:
+    """Take part as a process of its own, and write a user's mistake to a file: a restart must not repeat it."""
+    if mistake.exists():
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes
+    try:
+        _take_part(stage, params, identify)
+    except (UserError, OSError) as error:
+        write_text(mistake, str(error))
+        if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["LOCAL_RANK"] == "0":
+            os.kill(os.getppid(), signal.SIGTERM)  # this machine's launcher, which would wait minutes for the others
+
+
+def _take_part(stage: Stage, params: Params, identify: Identify) -> None:
+    """Join the group; the leader runs the stage, the others only train."""
+    with join_group(params.threads) as group:
+        check_agreement(group, params, identify)
+        if group.leads:
+            stage(params, partial(train_in_group, group))
+        else:
+            _follow(group, params)
+
+
+def _follow(group: Group, params: Params) -> None:
+    """Train as the stage does, and write nothing."""
+    parts = load_training_data(RAW, ADDED, params.data, params.seed)
+    digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
+    training = start_training(build_model(params.model, params.seed).to(group.device), params.train)
+    for _ in train_in_group(group, training, digits, monitor, params.train, params.seed):
+        pass
+
+
+def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
+    """Interrupt this process, not its clean-up: the signal comes from the terminal and once more from the launcher."""
+    for interruption in _INTERRUPTIONS:
+        signal.signal(interruption, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def join_group(threads: int) -> Iterator[Group]:
+    """Set torch up and join the group that torchrun started this process for. Only its leader prints."""
+    device = set_up_torch(threads)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        group = Group(dist.get_rank(), dist.get_world_size(), device, drives=_DRIVES in os.environ)
+        if group.leads:
+            for interruption in _INTERRUPTIONS:
+                signal.signal(interruption, _interrupt_once)
+        if group.leads and (restart := int(os.environ["TORCHELASTIC_RESTART_COUNT"])):
+            print(f"A process died: all start again, {restart} of at most {_RESTARTS} times", flush=True)
+        with open(os.devnull, "w") as nowhere, ExitStack() as silence:
+            if not group.leads:
+                silence.enter_context(redirect_stdout(nowhere))
+                silence.enter_context(redirect_stderr(nowhere))  # where progress is drawn
+            yield group
+    finally:
+        for interruption in _INTERRUPTIONS:
+            signal.signal(interruption, signal.SIG_DFL)  # there is nothing left to end in good order
+        dist.destroy_process_group()
+
+
+def check_agreement(group: Group, params: Params, identify: Identify) -> None:
+    """Check that all processes train the same.
+
+    Raises:
+        UserError: one process has another commit, lock file, code, params or data, or lacks some; or torchrun started
+            another number of processes than the params say. All processes raise it.
+    """
+    own: Mapping[str, object]
+    try:
+        own = identify(params)
+    except (UserError, OSError) as error:
+        own = {_MISTAKE: str(error)}
+    found = group.exchange(own)
+    for rank, others in enumerate(found):
+        if _MISTAKE in others:
+            raise UserError(f"{others[_MISTAKE]} (process {rank})")
+    leaders = found[group.leader]
+    for rank, others in enumerate(found):
+        for name in leaders | others:
+            theirs, leading = others.get(name, "absent"), leaders.get(name, "absent")
+            if theirs != leading:
+                raise UserError(f"{name} is {theirs} in process {rank}, {leading} in the leading one: make them equal")
+    if params.train.processes != group.size:
+        raise UserError(
+            f"train.processes is {params.train.processes}, and torchrun started {group.size}: make them equal"
+        )

@@ -1,0 +1,65 @@
+"""The optimizers: torch's, and Muon."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from mnist_pipeline.common.params import TrainParams
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
+
+# Of the quintic whose iteration brings all singular values near to 1 (Jordan et al., 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+
+
+class Muon(Optimizer):
+    """Step along the momentum, made orthogonal: each direction in which a matrix maps moves by as much.
+
+    A convolution's weights (outputs, inputs, height, width) are a matrix of as many rows as outputs. A step is scaled
+    to the size of AdamW's, so that their learning rates and weight decays are alike (Liu et al., arXiv:2502.16982).
+    Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon; torch's Muon does the same for matrices alone.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step along the gradients that the weights hold."""
+        for group in self.param_groups:
+            for weights in group["params"]:
+                state = self.state[weights]
+                if not state:
+                    state["momentum"] = torch.zeros_like(weights)
+                state["momentum"].lerp_(weights.grad, 1 - group["momentum"])
+                ahead = weights.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+                direction = orthogonalize(ahead.flatten(1))
+                size = 0.2 * max(direction.shape) ** 0.5
+                weights.mul_(1 - group["lr"] * group["weight_decay"])
+                weights.add_(direction.view_as(weights), alpha=-group["lr"] * size)
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """Return about the nearest matrix (M, N) whose rows or columns, the fewer, are orthogonal and of length 1."""
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T
+    a, b, c = NEWTON_SCHULZ
+    found: Tensor = matrix / (torch.linalg.matrix_norm(matrix) + 1e-7)
+    for _ in range(ITERATIONS):
+        gram = found @ found.T
+        found = a * found + (b * gram + c * gram @ gram) @ found
+    return found
+
+
+def build_optimizers(model: nn.Module, params: TrainParams) -> list[Optimizer]:
+    """Return what steps the model's weights: Muon those of the convolutions and AdamW the others, or one for all."""
+    options: dict[str, Any] = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
+    weights = list(model.parameters())
+    if params.optimizer != "muon":
+        return [OPTIMIZERS[params.optimizer](weights, **options)]
+    matrices = [weight for weight in weights if weight.ndim > 1]
+    return [Muon(matrices, **options), AdamW([weight for weight in weights if weight.ndim == 1], **options)]

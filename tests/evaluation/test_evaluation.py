@@ -1,0 +1,182 @@
+"""The scores: what a few rows of log-probabilities give by hand."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mnist_pipeline.common.params import Params
+from mnist_pipeline.data.digits import load_digits
+from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
+from mnist_pipeline.evaluation.metrics import (
+    calibration,
+    calibration_error,
+    corrupted_accuracies,
+    family_means,
+    measure,
+    measure_robustness,
+    predictions,
+)
+from mnist_pipeline.model.inference import predict, score
+from mnist_pipeline.model.network import Net, build_model
+
+LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3])
+PREDICTIONS = [0, 1, 2, 3, 9, 5, 6, 7, 8, 9, 3, 5]  # a 4 is taken for a 9, the last 3 for a 5
+
+
+@pytest.fixture
+def log_probabilities() -> Tensor:
+    """0.91 for the prediction, 0.01 for each other class."""
+    probabilities = torch.full((len(LABELS), 10), 0.01)
+    probabilities[range(len(LABELS)), PREDICTIONS] = 0.91
+    return probabilities.log()
+
+
+@pytest.fixture
+def model(params: Params) -> Net:
+    return build_model(params.model, seed=0)
+
+
+@pytest.fixture
+def images(small_data: Path, params: Params) -> Tensor:
+    return load_digits(small_data, "test")[:12].tensors(params.data, torch.device("cpu"))[0]
+
+
+def test_a_score_is_the_mean_negative_log_likelihood_and_the_right_images() -> None:
+    probabilities = torch.full((4, 10), 0.05)
+    probabilities[0, 7], probabilities[1, 0], probabilities[2, 3], probabilities[3, 9] = 0.5, 0.25, 0.8, 0.4
+    scored = score(probabilities.log(), torch.tensor([7, 0, 3, 1]))  # three are right, of the last 0.05 is for its 1
+    assert scored.loss == pytest.approx(-math.log(0.5 * 0.25 * 0.8 * 0.05) / 4)
+    assert (scored.correct, scored.total, scored.accuracy) == (3, 4, 0.75)
+
+
+def test_images_are_counted_once_each(log_probabilities: Tensor) -> None:
+    metrics = measure(log_probabilities, LABELS)
+    assert (metrics["test_correct"], metrics["test_misclassified"], metrics["test_total"]) == (10, 2, 12)
+    assert metrics["test_accuracy"] == pytest.approx(10 / 12)
+    assert metrics["test_loss"] == pytest.approx(-(10 * math.log(0.91) + 2 * math.log(0.01)) / 12)
+
+
+def test_every_score_is_named_as_one_of_the_test_images(log_probabilities: Tensor) -> None:
+    metrics = measure(log_probabilities, LABELS)
+    assert [name for name in metrics if not name.startswith("test_")] == []
+
+
+def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities: Tensor) -> None:
+    by_class = measure(log_probabilities, LABELS)["test_per_class_accuracy"]
+    assert by_class == pytest.approx({str(digit): 1.0 for digit in range(10)} | {"3": 2 / 3, "4": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("disputed", "accuracy"), [((), 10 / 12), ((4,), 10 / 11), ((4, 11), 1), ((0, 1), 8 / 10), ((0, 4), 9 / 10)]
+)
+def test_disputed_images_are_left_out_of_the_undisputed_accuracy_alone(
+    log_probabilities: Tensor, disputed: tuple[int, ...], accuracy: float
+) -> None:
+    metrics = measure(log_probabilities, LABELS, disputed)
+    assert metrics["test_undisputed_accuracy"] == pytest.approx(accuracy)
+    others = {name: value for name, value in metrics.items() if name != "test_undisputed_accuracy"}
+    assert others == {name: value for name, value in measure(log_probabilities, LABELS).items() if name in others}
+
+
+def sure(*confidences: float) -> Tensor:
+    """Predict 0 with these probabilities, and nothing else as probably."""
+    return torch.tensor([[sure, *[(1 - sure) / 9] * 9] for sure in confidences], dtype=torch.float64).log()
+
+
+def test_the_calibration_has_a_row_for_each_bin_that_has_images() -> None:
+    labels = torch.tensor([0, 0, 1, 0, 1])
+    rows = calibration(sure(0.98, 0.5, 0.96, 0.94, 0.12), labels)
+    assert rows == [
+        {"images": 1, "confidence": pytest.approx(0.12), "accuracy": 0},
+        {"images": 1, "confidence": pytest.approx(0.5), "accuracy": 1},
+        {"images": 3, "confidence": pytest.approx(0.96), "accuracy": pytest.approx(2 / 3)},
+    ]
+
+
+def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy_over_images() -> None:
+    log_probabilities, labels = sure(0.98, 0.5, 0.96, 0.94, 0.12), torch.tensor([0, 0, 1, 0, 1])
+    error = (1 * 0.12 + 1 * 0.5 + 3 * (0.96 - 2 / 3)) / 5
+    assert calibration_error(calibration(log_probabilities, labels)) == pytest.approx(error)
+
+
+def test_the_calibration_error_is_among_the_metrics(log_probabilities: Tensor) -> None:
+    metrics = measure(log_probabilities, LABELS)
+    assert metrics["test_calibration_error"] == pytest.approx(0.91 - 10 / 12)  # all are in one bin
+
+
+def test_a_bin_reaches_from_above_its_lower_to_its_upper_end() -> None:
+    rows = calibration(sure(0.59, 0.6, 0.601, 0.66), torch.zeros(4, dtype=torch.int64))
+    assert [row["images"] for row in rows] == [2, 2]  # 8/15 to 9/15, and on to 10/15
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_probability_of_one_is_in_the_last_bin(right: bool) -> None:
+    rows = calibration(sure(1.0, 0.99), torch.tensor([0, 0]) if right else torch.tensor([1, 1]))
+    assert rows == [{"images": 2, "confidence": pytest.approx(0.995), "accuracy": right}]
+
+
+def test_the_network_is_scored_under_each_corruption(small_data: Path, params: Params, model: Net) -> None:
+    device, digits = torch.device("cpu"), load_digits(small_data, "test")
+    rows = measure_robustness(model, digits, params.data, 64, device)
+    assert [(row["corruption"], row["family"]) for row in rows] == [(each.name, each.family) for each in CORRUPTIONS]
+    for row, corruption in zip(rows, CORRUPTIONS, strict=True):
+        images, labels = corruption.apply(digits).tensors(params.data, device)
+        metrics = measure(predict(model, images, 64), labels)
+        scores = ("accuracy", "loss", "calibration_error")
+        assert [row[score] for score in scores] == [metrics[f"test_{score}"] for score in scores]
+    assert len({row["loss"] for row in rows}) == len(rows)
+
+
+def test_the_means_are_those_over_the_corruptions_of_a_family() -> None:
+    rows = [
+        {"corruption": "a", "family": "geometric", "accuracy": 0.9, "loss": 0.1, "calibration_error": 0.02},
+        {"corruption": "b", "family": "geometric", "accuracy": 0.6, "loss": 0.7, "calibration_error": 0.04},
+        {"corruption": "c", "family": "non-geometric", "accuracy": 0.5, "loss": 1.5, "calibration_error": 0.3},
+    ]
+    assert family_means(rows) == {
+        "geometric": pytest.approx({"accuracy": 0.75, "loss": 0.4, "calibration_error": 0.03}),
+        "non-geometric": {"accuracy": 0.5, "loss": 1.5, "calibration_error": 0.3},
+    }
+    assert corrupted_accuracies(rows) == {
+        "test_corrupted_geometric_accuracy": pytest.approx(0.75),
+        "test_corrupted_non_geometric_accuracy": 0.5,
+    }
+
+
+def test_each_image_has_a_row_in_file_order(log_probabilities: Tensor) -> None:
+    rows = predictions(log_probabilities, LABELS)
+    assert [row["index"] for row in rows] == list(range(12))
+    assert [row["label"] for row in rows] == LABELS.tolist()
+    assert [row["prediction"] for row in rows] == PREDICTIONS
+
+
+def test_a_row_carries_the_probability_of_its_prediction(log_probabilities: Tensor) -> None:
+    assert predictions(log_probabilities, LABELS)[4] == {
+        "index": 4,
+        "label": 4,
+        "prediction": 9,
+        "probability": "0.910000",
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 11, 1000])
+def test_predictions_do_not_depend_on_the_batch_size(model: Net, images: Tensor, batch_size: int) -> None:
+    expected = predict(model, images, batch_size=12)
+    assert torch.allclose(predict(model, images, batch_size), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_predicting_leaves_the_network_as_it_was(model: Net, images: Tensor, training: bool) -> None:
+    model.train(training)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    predict(model, images, batch_size=12)
+    assert all(module.training == training for module in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_predicting_is_in_evaluation_mode_whatever_the_networks_mode(model: Net, images: Tensor) -> None:
+    expected = predict(model.eval(), images, batch_size=12)
+    assert torch.equal(predict(model.train(), images, batch_size=12), expected)

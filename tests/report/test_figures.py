@@ -1,0 +1,152 @@
+"""The report's figures: what they show, and that they are drawn the same again."""
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.made_up import DIGITS, MISTAKES, MadeUpRun, params_with
+
+from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
+from mnist_pipeline.report.chart_style import Chart
+from mnist_pipeline.report.charts import draw_reliability
+from mnist_pipeline.report.network_charts import draw_filters
+
+TEST = DIGITS["test"]
+CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "studies"}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
+    return MadeUpRun.create(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def figures(run: MadeUpRun) -> dict[str, bytes]:
+    return run.write_figures("figures")
+
+
+def layers(chart: Chart) -> list[dict[str, Any]]:
+    """Return the rows of each layer's data."""
+    found = chart.to_dict()
+    return [layer.get("data", found.get("data"))["values"] for layer in found.get("layer", [found])]
+
+
+def read_picture(url: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))))
+
+
+def test_the_figures_are_those_that_the_report_shows(run: MadeUpRun, figures: dict[str, bytes]) -> None:
+    assert {f"figures/{path}" for path in figures} == set(re.findall(r"!\[.+?\]\((.+?)\)", run.report))
+    assert figures.keys() == {f"{name}.png" for name in CHARTS} | {f"misclassified/{index}.png" for index in MISTAKES}
+
+
+def test_a_chart_shares_its_place_on_the_page_with_nothing_else(run: MadeUpRun) -> None:
+    places = re.findall(r'<(?:section|span)[^>]* id="([^"]+)"', run.page)
+    assert set(places) >= CHARTS | {"results", "robustness"}
+    assert len(set(places)) == len(places)
+
+
+def test_they_are_drawn_the_same_again(run: MadeUpRun, figures: dict[str, bytes], tmp_path: Path) -> None:
+    assert run.write_figures("again") == figures
+    assert MadeUpRun.create(tmp_path).write_figures("figures") == figures
+
+
+def test_of_an_earlier_run_nothing_is_left(run: MadeUpRun, figures: dict[str, bytes]) -> None:
+    for name in ("misclassified/7.png", "learning_curves.png", "old/old.png"):
+        (run.directory / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
+        (run.directory / "earlier" / name).write_text("of an earlier run")
+    assert run.write_figures("earlier") == figures
+
+
+def test_a_misclassified_digit_is_drawn_pixel_by_pixel_black_on_white(
+    run: MadeUpRun, figures: dict[str, bytes]
+) -> None:
+    for index in MISTAKES:
+        drawn = np.asarray(Image.open(run.directory / f"figures/misclassified/{index}.png"))
+        assert (drawn == 255 - np.kron(TEST.pixels[index].numpy(), np.ones((4, 4), dtype=np.uint8))).all()
+
+
+def test_a_learning_curve_shows_both_parts_and_the_published_test(run: MadeUpRun) -> None:
+    _, curves, pointer = layers(run.charts["accuracy"])
+    assert [row for row in curves if row["epoch"] == 2] == [
+        {"epoch": 2, "series": "training", "accuracy": 0.875},
+        {"epoch": 2, "series": "test", "accuracy": 0.9375},
+        {"epoch": 2, "series": "test, published", "accuracy": 0.9873},
+    ]
+    assert pointer[1] == {"epoch": 2, "training": "87.50%", "test": "93.75%", "test, published": "98.73%"}
+    assert pointer[3] == {"epoch": 4, "test, published": "99.21%"}
+    assert [row["epoch"] for row in pointer] == list(range(1, 15))
+
+
+def test_a_learning_curve_names_a_validation_split(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path, params=params_with("data", validation_size=50))
+    _, curves, _ = layers(run.charts["loss"])
+    assert {row["series"] for row in curves} == {"training", "validation", "test, published"}
+
+
+def test_a_learning_curve_marks_where_the_learning_rate_falls(run: MadeUpRun) -> None:
+    [step] = layers(run.charts["loss"])[0]
+    assert step == {"epoch": 2.5, "step": "0.001 → 0.0005"}
+
+
+def test_the_confusion_matrix_shows_every_pair_and_colours_the_mistakes_alone(run: MadeUpRun) -> None:
+    [cells, _] = layers(run.charts["confusion_matrix"])
+    shown = {(cell["label"], cell["prediction"]): cell for cell in cells}
+    wrong = {(int(TEST.labels[index]), prediction) for index, (prediction, _) in MISTAKES.items()}
+    assert len(shown) == 100
+    assert {pair for pair, cell in shown.items() if cell["errors"]} == wrong
+    assert sum(cell["images"] for cell in cells) == 200
+    assert shown[0, 1]["text"] == "·"
+
+
+@pytest.mark.parametrize(
+    ("images", "accuracy", "interval"),
+    [(10, 0.5, (0.2366, 0.7634)), (1, 0.0, (0, 0.7935)), (100, 0.99, (0.9455, 0.9982)), (1, 1.0, (0.2065, 1))],
+)
+def test_reliability_has_wilsons_intervals(images: int, accuracy: float, interval: tuple[float, float]) -> None:
+    chart = draw_reliability([{"images": images, "confidence": 0.6, "accuracy": accuracy}])
+    [row] = layers(chart)[1]
+    assert (row["lowest"], row["highest"]) == pytest.approx(interval, abs=1e-4)
+
+
+def test_the_chart_of_corruptions_has_them_by_family_and_accuracy_below_the_images_as_they_are(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path)
+    run.results.robustness[0]["accuracy"] = 0.5  # the rotation
+    rows, _, means, *_ = layers(run.charts["corruptions"])
+    names = [corruption.name for corruption in CORRUPTIONS]
+    assert [row["corruption"] for row in rows] == ["none", *names[1:6], names[0], *names[6:]]
+    assert [row["accuracy"] for row in rows[:2]] == [0.985, 0.94]
+    assert [(row["mean"], row["first"], row["last"]) for row in means] == [
+        (pytest.approx((0.94 + 0.93 + 0.92 + 0.91 + 0.9 + 0.5) / 6), names[1], names[0]),
+        (pytest.approx(0.845), names[6], names[-1]),
+    ]
+
+
+def test_the_chart_of_corruptions_shows_the_first_test_images_under_each(run: MadeUpRun) -> None:
+    shown = {row["corruption"]: read_picture(row["digits"]) for row in layers(run.charts["corruptions"])[0]}
+    for name, digits in [("none", TEST), *((corruption.name, corruption.apply(TEST)) for corruption in CORRUPTIONS)]:
+        first = np.hstack(list(np.pad(digits.pixels[:5].numpy(), [(0, 0), (0, 0), (1, 1)])))
+        assert (shown[name] == 255 - np.kron(first, np.ones((4, 4), dtype=np.uint8))).all(), name
+
+
+def test_the_network_is_drawn_with_the_parameters_of_its_steps(run: MadeUpRun) -> None:
+    [steps, _] = layers(run.charts["network"])
+    assert sum(step["parameters"] for step in steps) == 19_210
+    assert [step["name"] for step in steps if step["kind"] == "pooling"] == ["pool1", "pool2", "gap"]
+    assert steps[0]["text"] == "conv1: 6×28×28\n72 parameters, sees 3×3"
+    tops, bottoms = ([step[edge] for step in steps] for edge in ("top", "bottom"))
+    assert all(bottom < top for bottom, top in zip(bottoms, tops[1:], strict=False))
+
+
+def test_a_filter_is_drawn_as_its_weights_lie() -> None:
+    weights = np.arange(10 * 9, dtype=np.float32).reshape(10, 3, 3)
+    [cells] = layers(draw_filters(weights))
+    shown = {(cell["x"], cell["y"]): cell["weight"] for cell in cells}
+    assert len(shown) == 90
+    assert [shown[x, 0] for x in (0, 1, 2, 4)] == [0, 1, 2, 9]  # a row of the first, then the second
+    assert [shown[0, y] for y in (0, 1, 2, 4)] == [0, 3, 6, 72]  # a column of the first, then the ninth

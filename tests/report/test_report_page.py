@@ -1,0 +1,172 @@
+"""The report's page in a real browser: opened from disk, on any screen, under a pointer, on paper, without scripts."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Locator, Page, expect
+from support.browser import browser, page  # noqa: F401 (fixtures)
+from support.made_up import MISTAKES, MadeUpRun
+
+pytestmark = pytest.mark.pipeline
+
+CHARTS = ["loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "studies"]
+A4 = 718  # pixels between the margins of a sheet
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> MadeUpRun:
+    return MadeUpRun.create(tmp_path_factory.mktemp("run"), epochs=5)
+
+
+@pytest.fixture(scope="module")
+def address(run: MadeUpRun) -> str:
+    return run.write_page().as_uri()
+
+
+@pytest.fixture
+def report(page: Page, address: str) -> Page:
+    page.set_viewport_size({"width": 1400, "height": 900})
+    page.goto(address)
+    expect(page.locator(".chart svg")).to_have_count(len(CHARTS))
+    return page
+
+
+@pytest.fixture
+def unscripted(browser: Browser, address: str) -> Iterator[Page]:
+    """Open the page in a browser that runs no JavaScript."""
+    with browser.new_context(java_script_enabled=False, viewport={"width": 1400, "height": 900}) as context:
+        opened = context.new_page()
+        opened.goto(address)
+        yield opened
+
+
+def width_of(report: Page) -> int:
+    """Return how wide the page is, what it scrolls included."""
+    return int(report.evaluate("document.documentElement.scrollWidth"))
+
+
+def colour_of(found: Locator, name: str = "color") -> str:
+    return str(found.evaluate(f"element => getComputedStyle(element)['{name}']"))
+
+
+def lines(report: Page, chart: str) -> dict[str, float]:
+    """Return the opacity of each of a chart's lines by its colour."""
+    found = report.locator(f"#{chart} .mark-line path[stroke]").evaluate_all(
+        "paths => paths.map(path => [path.getAttribute('stroke'), Number(path.getAttribute('opacity') ?? 1)])"
+    )
+    return dict(found)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1400])
+def test_every_chart_is_drawn_on_any_screen(page: Page, address: str, width: int, scheme: str) -> None:
+    page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    page.set_viewport_size({"width": width, "height": 800})
+    page.goto(address)
+    for name in CHARTS:
+        box = page.locator(f"#{name} svg").bounding_box()
+        assert box, name
+        assert 300 < box["width"] <= width, name
+        assert box["x"] + box["width"] <= width, name
+    assert width_of(page) == width
+    assert page.locator(".table").evaluate_all("tables => tables.every(table => table.clientWidth <= innerWidth)")
+
+
+def test_a_dark_screen_gets_a_dark_page_with_light_charts_and_digits(report: Page) -> None:
+    text, digit = report.locator("#accuracy svg text").first, report.locator("#misclassified-digits img").first
+    looks = {}
+    for scheme in ("light", "dark"):
+        report.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+        ink = colour_of(report.locator("body"))
+        assert colour_of(text, "fill") == ink
+        looks[scheme] = (ink, colour_of(report.locator("body"), "backgroundColor"), colour_of(digit, "filter"))
+    light, dark = ([int(number) for number in re.findall(r"\d+", looks[scheme][1])] for scheme in looks)
+    assert min(light) > 200
+    assert max(dark) < 50
+    assert [look[2] for look in looks.values()] == ["none", "invert(1)"]
+
+
+def test_a_pointer_over_a_curve_shows_the_epochs_figures(report: Page) -> None:
+    chart = report.locator("#accuracy svg")
+    box = chart.bounding_box()
+    assert box
+    chart.hover(position={"x": box["width"] - 10, "y": box["height"] / 2})  # the last epoch of 14, published alone
+    tooltip = report.locator("#vg-tooltip-element")
+    expect(tooltip).to_be_visible()
+    assert " ".join(tooltip.inner_text().split()) == "epoch 14 test, published 99.43%"
+    chart.hover(position={"x": 85, "y": box["height"] / 2})
+    expect(tooltip).to_contain_text("75.00%")
+    assert " ".join(tooltip.inner_text().split()) == "epoch 1 test 87.50% test, published 98.26% training 75.00%"
+    report.mouse.move(5, 5)
+    expect(tooltip).to_be_hidden()
+
+
+def test_a_pointer_over_a_cell_of_the_confusion_matrix_says_how_many_images(report: Page, run: MadeUpRun) -> None:
+    report.locator("#confusion_matrix .role-mark text").nth(9 * 10 + 9).hover()
+    said = report.locator("#vg-tooltip-element").inner_text().split()
+    assert said == ["label", "9", "prediction", "9", "images", str(run.results.confusion[9, 9])]
+
+
+@pytest.mark.parametrize("chart", ["loss", "accuracy"])
+def test_a_click_on_the_legend_lets_the_other_curves_fade(report: Page, chart: str) -> None:
+    before = lines(report, chart)
+    assert list(before.values()) == [1, 1, 1]
+    report.locator(f"#{chart} .role-legend-label text").get_by_text("training", exact=True).click()
+    expect(report.locator(f"#{chart} .mark-line path[opacity='0.1']")).to_have_count(2)
+    assert sorted(lines(report, chart).values()) == [0.1, 0.1, 1]
+    report.locator(f"#{chart} .role-legend-label text").get_by_text("training", exact=True).click()
+    expect(report.locator(f"#{chart} .mark-line path[opacity='0.1']")).to_have_count(0)
+
+
+def test_a_screen_reader_is_told_what_each_chart_shows(report: Page, run: MadeUpRun) -> None:
+    told = {str(report.locator(f"#{name}").get_attribute("aria-label")) for name in CHARTS}
+    assert len(told) == len(CHARTS)
+    assert all(f"![{words}](figures/" in run.report for words in told)
+
+
+def test_every_section_is_reached_from_the_top_of_the_page(report: Page) -> None:
+    report.emulate_media(reduced_motion="reduce")  # a click while the page still moves may miss
+    for link in report.locator("nav a").all():
+        expect(link).to_be_in_viewport(ratio=1)
+        name = str(link.get_attribute("href"))
+        link.click()
+        expect(report.locator(f"{name} h2")).to_be_in_viewport(ratio=1)
+
+
+def test_every_misclassified_digit_is_shown_as_pixels(report: Page) -> None:
+    images = report.locator("#misclassified-digits img")
+    expect(images).to_have_count(len(MISTAKES))
+    assert images.evaluate_all("images => images.map(image => image.naturalWidth)") == [112] * len(MISTAKES)
+
+
+def test_without_scripts_the_charts_are_images_in_their_places(unscripted: Page) -> None:
+    images = unscripted.locator("noscript img")
+    expect(images).to_have_count(len(CHARTS))
+    for image in images.all():
+        box = image.bounding_box()
+        assert box
+        assert 300 < box["width"] < 600
+        assert int(image.evaluate("image => image.naturalWidth")) > 900
+    beginnings = unscripted.locator("h2, noscript img").evaluate_all("all => all.map(one => one.offsetLeft)")
+    assert beginnings.count(beginnings[0]) == len(beginnings) - 1  # all but that of the accuracy, right of the loss
+    assert width_of(unscripted) == 1400
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_prints_black_on_white_and_whole(report: Page, scheme: str) -> None:
+    report.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    report.set_viewport_size({"width": A4, "height": 1000})
+    report.emulate_media(media="print")
+    expect(report.locator("nav")).to_be_hidden()
+    assert max(int(number) for number in re.findall(r"\d+", colour_of(report.locator("body")))) < 100
+    assert colour_of(report.locator("#misclassified-digits img").first, "filter") == "none"
+    assert width_of(report) == A4
+    cut = report.locator(".table").evaluate_all("all => all.filter(one => one.scrollWidth > one.clientWidth).length")
+    assert cut == 0
+
+
+def test_it_prints_to_a_few_sheets(report: Page, tmp_path: Path) -> None:
+    pages = report.pdf(path=tmp_path / "report.pdf", format="A4").count(b"/Type /Page\n")
+    assert 5 < pages < 20

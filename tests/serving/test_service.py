@@ -1,0 +1,411 @@
+"""The web service: it answers an image with its digit, whatever else it is sent in one clear line, and ends quietly."""
+
+import base64
+import io
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import suppress
+from html.parser import HTMLParser
+from pathlib import Path
+
+import httpx
+import mlflow
+import numpy as np
+import pytest
+import schemathesis
+from hypothesis import given, settings, strategies
+from PIL import Image
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from support import DATA
+from support.repository import Repository
+from support.running import running
+from test_tracking import tracking_alone
+
+from mnist_pipeline.common.files import sha256
+from mnist_pipeline.data.digits import Digits, load_digits
+from mnist_pipeline.serving.classifier import Classifier
+from mnist_pipeline.serving.preprocessing import normalize, open_image
+from mnist_pipeline.serving.service import LOOPBACK, MAX_BYTES, host_names, load_classifier
+from mnist_pipeline.tracking.registry import fetch_champion
+from mnist_pipeline.tracking.run import MODEL_TAG
+from mnist_pipeline.tracking.store import Store
+
+FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]
+MODEL = Path("models/model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return load_digits(DATA, "test")
+
+
+@pytest.fixture(scope="module")
+def client(trained_model: Path) -> Iterator[httpx.Client]:
+    with running(trained_model) as address, httpx.Client(base_url=address, timeout=30) as client:
+        yield client
+
+
+def picture(pixels: np.ndarray, form: str = "PNG", side: int = 140) -> bytes:
+    """Return a digit (28, 28) as somebody would send it, black on white."""
+    image = Image.fromarray(255 - pixels).resize((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def three(digits: Digits) -> bytes:
+    return picture(digits.pixels[0].numpy())
+
+
+def test_it_answers_as_the_classifier_does(client: httpx.Client, trained_model: Path, digits: Digits) -> None:
+    classifier = Classifier(trained_model)
+    for pixels in digits.pixels[:20].numpy():
+        sent = picture(pixels)
+        answer = client.post("/predict", content=sent).json()
+        expected = classifier.classify(normalize(open_image(sent)))
+        assert answer["digit"] == expected.digit
+        assert answer["probability"] == answer["probabilities"][answer["digit"]]
+        assert answer["probabilities"] == pytest.approx(expected.probabilities)
+        assert sum(answer["probabilities"]) == pytest.approx(1)
+
+
+def test_it_reads_most_digits(client: httpx.Client, digits: Digits) -> None:
+    answers = [client.post("/predict", content=picture(pixels)).json() for pixels in digits.pixels[:100].numpy()]
+    assert np.mean([answer["digit"] for answer in answers] == digits.labels[:100].numpy()) > 0.85
+
+
+def test_the_answer_shows_what_the_network_saw(client: httpx.Client, three: bytes) -> None:
+    kind, encoded = client.post("/predict", content=three).json()["image"].split(",")
+    assert kind == "data:image/png;base64"
+    shown = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert np.array_equal(np.asarray(shown), normalize(open_image(three)))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_it_opens_any_format_whatever_it_is_said_to_be(client: httpx.Client, digits: Digits, form: str) -> None:
+    sent = picture(digits.pixels[1].numpy(), form)
+    for kind in ("application/x-www-form-urlencoded", "image/png", "text/plain; charset=utf-8"):
+        response = client.post("/predict", content=sent, headers={"Content-Type": kind})
+        assert response.status_code == 200
+        assert response.json()["digit"] == client.post("/predict", content=sent).json()["digit"]
+
+
+def test_it_says_which_model_answers(client: httpx.Client, trained_model: Path, three: bytes) -> None:
+    model = {"source": str(trained_model), "sha256": sha256(trained_model), "parameters": 19210}
+    assert client.get("/healthz").json() == {"status": "ok", "model": model}
+    assert client.post("/predict", content=three).json()["model"] == model
+
+
+def huge_png() -> bytes:
+    """Return a PNG of few bytes whose header announces billions of pixels."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "PNG")
+    return buffer.getvalue().replace(b"IHDR\0\0\0\1\0\0\0\1", b"IHDR\0\0\xff\xff\0\0\xff\xff")
+
+
+UNREADABLE = {
+    "nothing": b"",
+    "text": b"digit=7",
+    "blank": picture(np.zeros((28, 28), np.uint8)),
+    "all ink": picture(np.full((28, 28), 255, np.uint8)),
+    "truncated": picture(load_digits(DATA, "test").pixels[0].numpy())[:-200],
+    "cut in its header": picture(np.zeros((28, 28), np.uint8))[:20],
+    "billions of pixels": huge_png(),
+    "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+}
+
+
+@pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE.keys())
+def test_what_it_cannot_read_is_refused_in_one_line(client: httpx.Client, sent: bytes) -> None:
+    response = client.post("/predict", content=sent)
+    assert response.status_code == 422
+    (said,) = response.json().values()
+    assert len(said.splitlines()) == 1
+    assert 10 < len(said) < 200
+
+
+def test_a_body_that_is_announced_too_large_is_refused(client: httpx.Client) -> None:
+    response = client.post("/predict", content=bytes(MAX_BYTES + 1))
+    assert response.status_code == 413
+    assert response.json() == {"detail": "the image has more than 5,000,000 bytes"}
+
+
+def test_a_stream_is_refused_as_soon_as_it_is_too_large(client: httpx.Client) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(2 * MAX_BYTES // 100_000):
+            yield bytes(100_000)
+
+    assert client.post("/predict", content=endless()).status_code == 413
+
+
+def test_a_body_of_just_the_limit_is_read(client: httpx.Client, three: bytes) -> None:
+    assert client.post("/predict", content=three + bytes(MAX_BYTES - len(three))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/predict", 405), ("PUT", "/predict", 405), ("POST", "/", 405), ("DELETE", "/healthz", 405)]
+    + [("GET", path, 404) for path in ("/docs", "/redoc", "/favicon.ico", "/predict/", "/../params.yaml")],
+)
+def test_other_methods_and_paths_are_refused(client: httpx.Client, method: str, path: str, status: int) -> None:
+    response = client.request(method, path)
+    assert response.status_code == status
+    assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "LOCALHOST", "[::1]:8000"])
+def test_it_answers_to_the_names_of_this_machine(client: httpx.Client, host: str) -> None:
+    assert client.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["example.com", "127.0.0.1.example.com:8000", "localhost.example.com", "", "[::2]"])
+def test_a_name_that_was_made_to_lead_here_gets_no_answer(client: httpx.Client, host: str) -> None:
+    for response in (client.get("/", headers={"Host": host}), client.post("/predict", headers={"Host": host})):
+        assert response.status_code == 400
+
+
+def test_another_host_to_listen_at_can_be_named(trained_model: Path) -> None:
+    assert host_names("127.0.0.1") == [*LOOPBACK, "127.0.0.1"]
+    assert host_names("lab.example") == [*LOOPBACK, "lab.example"]
+    assert host_names("::1") == [*LOOPBACK, "[::1]"]
+    assert host_names("0.0.0.0") == host_names("::") == ["*"]
+
+
+class Elements(HTMLParser):
+    """The attributes of every element of a page, and what its scripts and styles hold."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.attributes: list[tuple[str, str | None]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.attributes += attributes
+
+
+def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
+    response = client.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    attributes = Elements(response.text).attributes
+    assert not [name for name, _ in attributes if name.startswith("on") or name == "style"]
+    assert {value for name, value in attributes if name in ("src", "href") and not str(value).startswith("data:")} == {
+        "openapi.json"
+    }
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", response.text)
+
+
+def test_the_page_may_run_its_own_script_and_style_alone(client: httpx.Client) -> None:
+    policy = client.get("/").headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "unsafe" not in policy
+    assert client.head("/").headers["content-security-policy"] == policy
+
+
+def test_the_interface_describes_the_image_and_every_answer(client: httpx.Client) -> None:
+    predict = client.get("/openapi.json").json()["paths"]["/predict"]["post"]
+    assert predict["requestBody"]["required"]
+    assert "image/png" in predict["requestBody"]["content"]
+    assert set(predict["responses"]) == {"200", "400", "413", "422"}
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/predict"), ("GET", "/healthz")])
+def test_it_keeps_to_its_interface(client: httpx.Client, three: bytes, method: str, path: str) -> None:
+    schemathesis.openapi.media_type("image/png", strategies.one_of(strategies.just(three), strategies.binary()))
+    operation = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")[path][method]
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(operation.as_strategy())
+    def keep(case: schemathesis.Case) -> None:
+        # Most bytes are no image, and no schema can tell which.
+        case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+    keep()
+
+
+def mutated(image: bytes, draw: random.Random) -> bytes:
+    """Return an image with some of its bytes changed, cut out or put in, as seldom as once or in large parts."""
+    content = bytearray(image)
+    for _ in range(draw.choice([1, 2, 5, 30])):
+        place = draw.randrange(len(content)) if draw.random() < 0.5 else draw.randrange(min(60, len(content)))
+        match draw.randrange(5):
+            case 0:
+                content[place] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
+            case 1:
+                content[place : place + 4] = draw.choice([0, 1, 2**15, 2**31 - 1, 2**32 - 1]).to_bytes(4)
+            case 2:
+                del content[place : place + draw.choice([1, 4, 50])]
+            case 3:
+                content[place:place] = draw.randbytes(draw.choice([1, 4, 50]))
+            case 4:
+                del content[max(place, 8) :]
+        if not content:
+            break
+    return bytes(content)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_no_damaged_image_breaks_it(client: httpx.Client, digits: Digits, form: str) -> None:
+    draw = random.Random(form)
+    whole = [picture(pixels, form, side=40) for pixels in digits.pixels[:5].numpy()]
+    statuses = set()
+    for _ in range(500):
+        response = client.post("/predict", content=mutated(draw.choice(whole), draw))
+        statuses.add(response.status_code)
+        assert response.status_code in (200, 422)
+        assert response.status_code == 200 or len(response.json()["detail"].splitlines()) == 1
+    assert statuses == {200, 422}
+    assert client.post("/predict", content=whole[0]).status_code == 200
+
+
+@pytest.fixture
+def repository(tmp_path: Path, trained_model: Path) -> Repository:
+    repository = Repository.create(tmp_path / "repository", fresh=True)
+    (repository.root / MODEL).parent.mkdir()
+    shutil.copy(trained_model, repository.root / MODEL)
+    return repository
+
+
+def started(process: "subprocess.Popen[str]") -> tuple[str, str]:
+    """Wait until a service says what it serves, where; return the line and the address in it."""
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    address = re.search(r"http://\S+$", line)
+    assert address, line + process.stdout.read()
+    return line, address[0]
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_interrupted(
+    repository: Repository, three: bytes, number: signal.Signals
+) -> None:
+    process = repository.start("mnist", "serve", "--port", "0")
+    line, address = started(process)
+    digest = sha256(repository.root / MODEL)
+    assert line == f"Serving {MODEL} (SHA-256 {digest[:12]}) at {address}\n"
+    with httpx.Client() as kept_open:
+        assert kept_open.post(f"{address}/predict", content=three).json()["model"]["sha256"] == digest
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=20)
+    assert (process.returncode, said) == (0, "")
+    assert not list(repository.root.glob("mlflow.db*"))
+
+
+@pytest.mark.pipeline
+def test_a_model_can_be_named(repository: Repository, tmp_path: Path) -> None:
+    (repository.root / MODEL).rename(tmp_path / "other")
+    process = repository.start("mnist", "serve", "--port", "0", "--model", str(tmp_path / "other"))
+    line, _ = started(process)
+    process.terminate()
+    assert line.startswith(f"Serving {tmp_path / 'other'} (")
+    assert process.wait(20) == 0
+
+
+@pytest.mark.pipeline
+def test_a_missing_model_is_told_in_one_line(repository: Repository) -> None:
+    (repository.root / MODEL).unlink()
+    served = repository.run("mnist", "serve", "--port", "0")
+    assert served.returncode == 1
+    assert served.stdout == f"error: {MODEL} is absent: `make repro` makes it, `dvc pull` brings it\n"
+
+
+@pytest.mark.pipeline
+def test_a_file_that_is_no_model_is_told_in_one_line(repository: Repository) -> None:
+    served = repository.run("mnist", "serve", "--port", "0", "--model", "params.yaml")
+    assert served.returncode == 1
+    assert re.fullmatch(r"error: params\.yaml .*\n", served.stdout)
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
+def test_an_address_that_is_not_free_is_told_in_one_line(repository: Repository, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        served = repository.run("mnist", "serve", "--host", host, "--port", str(port))
+    assert served.returncode == 1
+    assert re.fullmatch(rf"error: cannot serve at {host}, port {port} \(.*\): choose .*--port\n", served.stdout)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Connect to an empty store in a working directory of its own."""
+    with tracking_alone(tmp_path):
+        yield Store()
+
+
+def promote(store: Store, model: Path, digest: str) -> None:
+    """Register a run that trained a model, and make it the champion."""
+    run = store.client.create_run(store.experiment_id, tags={MODEL_TAG: digest}).info.run_id
+    store.client.log_artifact(run, str(model), str(MODEL.parent))
+    with suppress(mlflow.MlflowException):  # it is there
+        store.client.create_registered_model("mnist")
+    version = store.client.create_model_version("mnist", f"runs:/{run}/{MODEL}", run)
+    store.client.set_registered_model_alias("mnist", "champion", version.version)
+
+
+def test_the_registrys_champion_is_served(store: Store, trained_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other" / "model.safetensors"
+    other.parent.mkdir()
+    other.write_bytes(b"an older champion")
+    promote(store, other, sha256(other))
+    promote(store, trained_model, sha256(trained_model))
+    classifier, model = load_classifier(None)
+    assert model.source == "models:/mnist@champion, version 2"
+    assert model.sha256 == sha256(trained_model)
+    assert classifier.classify(np.zeros((28, 28), np.uint8)).digit in range(10)
+
+
+def test_a_model_that_is_named_comes_before_the_champion(store: Store, trained_model: Path) -> None:
+    promote(store, trained_model, sha256(trained_model))
+    assert load_classifier(trained_model)[1].source == str(trained_model)
+
+
+def beside(root: Path, model: Path) -> str:
+    """Put a model where the train stage writes it; return its digest."""
+    (root / MODEL).parent.mkdir()
+    shutil.copy(model, root / MODEL)
+    return sha256(model)
+
+
+def test_without_a_champion_the_file_is_served(
+    store: Store, trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digest = beside(tmp_path, trained_model)
+    assert load_classifier(None)[1].model_dump() == {"source": str(MODEL), "sha256": digest, "parameters": 19210}
+    promote(store, trained_model, digest)
+    store.client.delete_registered_model_alias("mnist", "champion")
+    assert load_classifier(None)[1].source == str(MODEL)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_champion_that_is_not_what_its_run_trained_is_not_served(
+    store: Store, trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside(tmp_path, trained_model)
+    promote(store, trained_model, "0" * 64)
+    assert load_classifier(None)[1].source == str(MODEL)
+    assert re.fullmatch(r"warning: .* is not the file .* the champion is not used\n", capsys.readouterr().err)
+
+
+def test_a_store_that_fails_costs_a_line(
+    store: Store, trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside(tmp_path, trained_model)
+    (tmp_path / "mlflow.db").write_text("no database")
+    assert load_classifier(None)[1].source == str(MODEL)
+    assert re.fullmatch(
+        r"warning: MLflow at sqlite:\S+ failed \(.*\), so the champion is not used\n", capsys.readouterr().err
+    )
+
+
+def test_without_a_store_none_is_made(tmp_path: Path) -> None:
+    with tracking_alone(tmp_path):
+        (tmp_path / "mlflow.db").unlink()
+        assert fetch_champion(tmp_path) is None
+        assert not list(tmp_path.iterdir())

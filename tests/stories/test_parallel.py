@@ -1,0 +1,316 @@
+"""One training in several processes: the same curve as in one, through deaths, and on two hosts."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support import DATA
+from support.repository import Repository, after_an_epoch
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import read_table
+from mnist_pipeline.common.params import Params
+from mnist_pipeline.tracking.provenance import trace
+from mnist_pipeline.training.distributed.launch import DRIVES, OWN_STORE, agree, join, launch
+
+pytestmark = pytest.mark.pipeline
+
+TOLERANCE = 1e-3  # of a loss, relative: sums in another order, over some tens of steps
+# 300 digits in batches of 23: the last one has a single image, so that some of four processes have none.
+VARIED = {
+    "batch_size": 23,
+    "epochs": 3,
+    "averaging": 0.9,
+    "rotation": 10.0,
+    "shift": 1.0,
+    "clean_epochs": 1,
+    "label_smoothing": 0.1,
+}
+TORCHRUN = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+
+
+def workspace(root: Path, **params: object) -> Repository:
+    repository = Repository.create(root, **params)
+    shutil.copytree(DATA, root / "data/raw")
+    return repository
+
+
+def history(repository: Repository) -> list[dict[str, str]]:
+    return read_table(repository.root / "reports/history.csv")
+
+
+def outputs(repository: Repository) -> list[bytes]:
+    return [(repository.root / name).read_bytes() for name in ("models/model.safetensors", "reports/history.csv")]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The history of a training in one process."""
+    repository = workspace(tmp_path_factory.mktemp("alone"), **VARIED)
+    assert repository.stage("train").returncode == 0
+    return history(repository)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_give_the_curve_of_one(tmp_path: Path, alone: list[dict[str, str]], processes: int) -> None:
+    repository = workspace(tmp_path, processes=processes, **VARIED)
+    finished = repository.stage("train")
+    assert finished.returncode == 0, finished.stdout
+    for found, expected in zip(history(repository), alone, strict=True):
+        for name in ("train_loss", "monitor_loss"):
+            assert float(found[name]) == pytest.approx(float(expected[name]), rel=TOLERANCE), name
+        # One image more or less of 300, or of 200: a tie may fall the other way.
+        assert float(found["train_accuracy"]) == pytest.approx(float(expected["train_accuracy"]), abs=1.01 / 300)
+        assert float(found["monitor_accuracy"]) == pytest.approx(float(expected["monitor_accuracy"]), abs=1.01 / 200)
+    assert len(re.findall("^Epoch: ", finished.stdout, re.MULTILINE)) == len(alone)  # one of them speaks
+    [run] = repository.runs()  # and tracks
+    assert repository.steps(run) == [1, 2, 3]
+    assert run.data.params["train.processes"] == str(processes)
+
+
+def workers_of(launcher: int) -> list[int]:
+    children = Path(f"/proc/{launcher}/task/{launcher}/children")
+    if not children.exists():
+        pytest.skip("the processes are found by Linux's /proc")
+    found = children.read_text(encoding="utf-8").split()
+    return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
+    """What two processes write that nothing disturbs."""
+    repository = workspace(tmp_path_factory.mktemp("pair"), processes=2, epochs=8, batch_size=32)
+    assert repository.stage("train").returncode == 0
+    return outputs(repository)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_worker_that_is_killed_is_started_again_and_the_run_is_the_same(
+    tmp_path: Path, pair: list[bytes], victim: int
+) -> None:
+    repository = workspace(tmp_path, processes=2, epochs=8, batch_size=32)
+    process = repository.start(sys.executable, "stages/train.py")
+    said = after_an_epoch(process, lambda: os.kill(workers_of(process.pid)[victim], signal.SIGKILL))
+    assert process.returncode == 0, said
+    assert "A process died: all start again, 1 of at most 3 times" in said
+    assert "Going on after epoch" in said
+    assert "Traceback" not in said
+    assert outputs(repository) == pair
+    [run] = repository.runs()
+    assert run.info.status == "FINISHED"
+    assert repository.steps(run, "monitor_loss") == list(range(1, 9))
+    assert list(tmp_path.glob(".checkpoints/*")) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -> None:
+    repository = workspace(tmp_path, processes=2, epochs=100, batch_size=32)
+    process = repository.start(sys.executable, "stages/train.py")
+    workers: list[int] = []
+
+    def interrupt() -> None:
+        workers.extend(workers_of(process.pid))
+        process.send_signal(number)
+
+    said = after_an_epoch(process, interrupt)  # ends when the last process that could write has ended
+    assert process.returncode != 0
+    assert "Traceback" not in said
+    assert "death signal" not in said
+    assert len(workers) == 2
+    assert [run.info.status for run in repository.runs()] == ["KILLED"]
+
+
+def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
+    repository = workspace(tmp_path, processes=2, learning_rate="1.0e+30")
+    finished = repository.stage("train")
+    assert finished.returncode == 1
+    assert finished.stdout.count("error: epoch 1: the loss is not finite") == 1
+    assert "Traceback" not in finished.stdout
+
+
+def test_a_mistake_of_the_leading_process_alone_is_said_once(tmp_path: Path) -> None:
+    repository = workspace(tmp_path, processes=2)
+    finished = repository.stage("train", MNIST_TRACKING="required", MLFLOW_TRACKING_URI="http://localhost:1")
+    assert finished.returncode == 1
+    assert len(re.findall("^error: MLflow at http://localhost:1 failed", finished.stdout, re.MULTILINE)) == 1
+    assert "Traceback" not in finished.stdout
+
+
+def torchrun(repository: Repository, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return repository.run(*torchrun_command(*arguments), **TORCHRUN)
+
+
+def torchrun_command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "torchrun"), *arguments, "stages/train.py"]
+
+
+def test_torchrun_must_start_as_many_processes_as_the_params_say(tmp_path: Path) -> None:
+    finished = torchrun(workspace(tmp_path, processes=3), "--standalone", "--nproc-per-node=1")
+    assert finished.returncode != 0
+    assert "error: train.processes is 3, and torchrun started 1" in finished.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_machines_must_have_as_many_processes_each(tmp_path: Path, processes: int) -> None:
+    finished = workspace(tmp_path, processes=processes).stage("train", PET_NNODES="2")
+    assert finished.returncode == 1
+    assert finished.stdout.startswith(f"error: train.processes must be a multiple of PET_NNODES, and is {processes}")
+
+
+@pytest.mark.parametrize("endpoint", ["", "nowhere.invalid:29400", "192.0.2.1:29400", "localhost:port"])
+def test_machines_must_be_told_where_they_meet(tmp_path: Path, endpoint: str) -> None:
+    finished = workspace(tmp_path, processes=2).stage("train", PET_NNODES="2", PET_RDZV_ENDPOINT=endpoint)
+    assert finished.returncode == 1
+    wanted = (
+        f"error: PET_RDZV_ENDPOINT must be a host:port of this machine, where the others meet it, and is {endpoint!r}"
+    )
+    assert finished.stdout.startswith(wanted)
+    assert finished.stdout.count("\n") == 1
+
+
+def two_machines(root: Path) -> tuple[Repository, Repository]:
+    """Return two repositories of the same commit."""
+    first = workspace(root / "first", processes=2, **VARIED).init()
+    shutil.copytree(first.root, root / "second")
+    return first, Repository(root / "second")
+
+
+def start_on_two(
+    first: Repository,
+    second: Repository,
+    endpoint: str,
+    restarts: int = 3,
+    on: tuple[list[str], list[str]] = ([], []),
+) -> tuple["subprocess.Popen[str]", "subprocess.Popen[str]"]:
+    """Start the stage on the first machine, which drives, and torchrun on the second."""
+    options = ["--nnodes=2", "--nproc-per-node=1", f"--max-restarts={restarts}"]
+    options += ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", "--rdzv-conf=is_host=0"]
+    variables = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": endpoint}
+    driving = first.start(*on[0], sys.executable, "stages/train.py", **variables)
+    return driving, second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
+
+
+def join_with_another_command(params: Params) -> None:
+    found = trace("train", params)
+    with join(params.threads) as group:
+        agree(group, lambda: replace(found, command=f"{found.command} {os.environ['RANK']}"))
+
+
+def join_with_another_lock_file(params: Params) -> None:
+    with join(params.threads) as group:
+        if os.environ["RANK"] == "1":
+            os.chdir(shutil.copytree(".", tempfile.mkdtemp(dir=".."), dirs_exist_ok=True))
+            Path("requirements.lock").write_text("torch==0.1\n")
+        agree(group, lambda: trace("train", params))
+
+
+def join_without_images(params: Params) -> None:
+    with join(params.threads) as group:
+        if os.environ["RANK"] == "1":
+            os.chdir(tempfile.mkdtemp(dir="."))
+            shutil.copy("../dvc.yaml", ".")
+        agree(group, lambda: trace("train", params))
+
+
+@pytest.mark.parametrize(
+    ("work", "told"),
+    [
+        (join_with_another_command, r"command is (.*) 1 in process 1, \1 0 in the leading one: make them equal"),
+        (
+            join_with_another_lock_file,
+            r"requirements.lock is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading one: make them equal",
+        ),
+        (join_without_images, r"data/added is absent: .* \(process 1\)"),
+    ],
+)
+def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
+    params: Params,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    work: Callable[[Params], None],
+    told: str,
+) -> None:
+    monkeypatch.chdir(workspace(tmp_path).root)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    for name in (DRIVES, OWN_STORE):
+        monkeypatch.setenv(name, "")  # which `launch` sets for good
+    two = params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 2})})
+    with pytest.raises(UserError, match=told):
+        launch(work, two)
+    assert "warning: train.processes and threads make 2 threads on the 1 cores" in capsys.readouterr().err
+
+
+def test_a_machine_with_other_params_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
+    first, second = two_machines(tmp_path)
+    second.set_param("processes", 1)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    began = time.monotonic()
+    driving, other = start_on_two(first, second, endpoint)
+    (said, _), (others, _) = driving.communicate(), other.communicate()
+    assert time.monotonic() - began < 120, "they waited for one another"
+    assert driving.returncode == 1
+    assert other.returncode != 0
+    assert said.startswith(f"Waiting at {endpoint} for machines: 1 more")
+    for told in (said, others):
+        assert re.search(r"error: train.processes is 1 in process \d, 2 in the leading one: make them equal", told)
+    assert "Traceback" not in said
+
+
+@contextmanager
+def hosts() -> Iterator[tuple[list[str], list[str]]]:
+    """Give two hosts, 10.99.0.1 and 10.99.0.2, joined by a cable: what runs a command on each."""
+    name = f"mnist{os.getpid()}"
+    first, second = f"{name}a", f"{name}b"
+
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+    with ExitStack() as undo:
+        try:
+            for host in (first, second):
+                ip("netns", "add", host)
+                undo.callback(ip, "netns", "delete", host)
+            ip("link", "add", "eth0", "netns", first, "type", "veth", "peer", "name", "eth0", "netns", second)
+            for host, address in ((first, "10.99.0.1/24"), (second, "10.99.0.2/24")):
+                ip("-netns", host, "address", "add", address, "dev", "eth0")
+                for device in ("lo", "eth0"):
+                    ip("-netns", host, "link", "set", device, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"this machine makes no network namespaces: {error}")
+        yield ["ip", "netns", "exec", first], ["ip", "netns", "exec", second]
+
+
+@pytest.mark.parametrize("driver", [0, 1])
+def test_two_hosts_train_as_one_and_only_the_driving_one_writes(
+    tmp_path: Path, alone: list[dict[str, str]], driver: int
+) -> None:
+    first, second = two_machines(tmp_path)
+    with hosts() as on:
+        # No resolver knows the name of such a host, so each says by which address the other reaches it.
+        for number, command in enumerate(on, start=1):
+            command.extend(["env", f"PET_LOCAL_ADDR=10.99.0.{number}", "GLOO_SOCKET_IFNAME=eth0"])
+        endpoint = f"10.99.0.{driver + 1}:29400"
+        driving, other = start_on_two(first, second, endpoint, on=(on[driver], on[1 - driver]))
+        (said, _), (others, _) = driving.communicate(), other.communicate()
+    assert driving.returncode == 0, said + others
+    for found, expected in zip(history(first), alone, strict=True):
+        assert float(found["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=TOLERANCE)
+    assert not (second.root / "models").exists()
+    assert second.client.get_experiment_by_name("mnist") is None
+    assert "Epoch" not in others
+    [run] = first.runs()
+    assert json.loads(run.data.params["train.processes"]) == 2

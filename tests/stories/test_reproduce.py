@@ -1,0 +1,52 @@
+"""Where a run differs from the committed one, it is said by how much."""
+
+from pathlib import Path
+
+import pytest
+
+from mnist_pipeline.common.files import write_csv
+from mnist_pipeline.common.paths import HISTORY, PREDICTIONS
+from mnist_pipeline.reproduce import difference, digests
+
+LOCK = """
+schema: '2.0'
+stages:
+  train:
+    cmd: python stages/train.py
+    deps: [{path: data/raw, hash: md5, md5: aa.dir, size: 1}]
+    outs: [{path: models/model.safetensors, hash: md5, md5: bb, size: 2}]
+  evaluate:
+    cmd: python stages/evaluate.py
+    outs: [{path: reports/metrics.json, hash: md5, md5: cc, size: 3}]
+"""
+
+
+def write_run(directory: Path, losses: list[float], predictions: list[int]) -> Path:
+    write_csv(directory / HISTORY, [{"epoch": epoch, "train_loss": loss} for epoch, loss in enumerate(losses, 1)])
+    rows = [{"index": index, "label": index, "prediction": made} for index, made in enumerate(predictions)]
+    write_csv(directory / PREDICTIONS, rows)
+    return directory
+
+
+def test_digests_are_those_of_the_outputs(tmp_path: Path) -> None:
+    (tmp_path / "dvc.lock").write_text(LOCK)
+    assert digests(tmp_path / "dvc.lock") == {"models/model.safetensors": "bb", "reports/metrics.json": "cc"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "predictions", "said"),
+    [
+        ([0.5, 0.25], [0, 1, 2, 3], ["at most 0 ", "0 of 4 predictions", "accuracy is 100.00% and was 100.00%"]),
+        ([0.5, 0.2501], [0, 1, 2, 3], ["at most 0.0001 (train_loss, epoch 2)", "0 of 4 predictions"]),
+        ([0.75, 0.25], [0, 1, 2, 9], ["at most 0.25 (train_loss, epoch 1)", "1 of 4", "is 75.00% and was 100.00%"]),
+        ([0.5], [0, 1, 2, 3], ["another number of epochs"]),
+        ([0.5, 0.25], [0, 1], ["another number of epochs or of test images"]),
+    ],
+)
+def test_a_difference_is_measured(tmp_path: Path, losses: list[float], predictions: list[int], said: list[str]) -> None:
+    committed = write_run(tmp_path / "committed", [0.5, 0.25], [0, 1, 2, 3])
+    again = write_run(tmp_path / "again", losses, predictions)
+    verdict = difference(committed, again)
+    assert verdict.startswith("different")
+    for part in said:
+        assert part in verdict

@@ -1,0 +1,542 @@
+"""The tracking through a real `mlflow server`, and with one that is down, dies, hangs or answers with errors."""
+
+import http.client
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import create_server
+
+import mlflow
+import pytest
+import torch
+from mlflow.entities import Run
+from support import DATA
+from support.repository import REPORTS, Repository
+
+from mnist_pipeline.common.params import Params
+from mnist_pipeline.data.digits import load_digits
+from mnist_pipeline.model.inference import predict
+from mnist_pipeline.model.model_file import load_model
+
+pytestmark = pytest.mark.pipeline
+
+OUTPUTS = {"models/model.safetensors", "reports/figures/accuracy.png"}
+OUTPUTS |= {f"reports/{name}" for name in REPORTS if name != "figures"}
+STAGES = ("train", "evaluate", "report")
+STORES = {"mlflow.db", "mlflow.db.lock", "mlartifacts", "mlruns"}  # what no stage makes beside a server
+STALL = 30  # seconds that a server may cost at most
+
+
+def free_port() -> int:
+    with create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    """Wait until a server that was started meets a condition; should it end or take too long, show its log."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """An `mlflow server` on loopback, its database anywhere, its artifacts in a directory."""
+
+    directory: Path
+    database: str
+    port: int = field(default_factory=free_port)
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        return self.directory / "server.log"
+
+    def start(self) -> None:
+        """Start it in a process group of its own: it has children."""
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        of_no_use = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        where = {"--host": "127.0.0.1", "--port": str(self.port), "--workers": "1"}
+        stores = {"--backend-store-uri": self.database, "--artifacts-destination": str(self.directory / "artifacts")}
+        options = [word for option in (where | stores).items() for word in option]
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", *options],
+                cwd=self.directory,
+                env=kept | of_no_use,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Wait until it serves."""
+        wait_until(self.healthy, self.process, self.log)
+
+    def healthy(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to all of its processes."""
+        os.killpg(self.process.pid, number)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):  # it is dead
+            self.signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@contextmanager
+def serving(directory: Path, database: str) -> Iterator[Server]:
+    server = Server(directory, database)
+    server.start()
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def sqlite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    directory = tmp_path_factory.mktemp("sqlite")
+    with serving(directory, f"sqlite:///{directory / 'server.db'}") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Put a cluster of PostgreSQL behind the server, run by nobody where the tests run as root: it refuses root."""
+    if shutil.which("initdb") is None or shutil.which("postgres") is None:
+        pytest.skip("PostgreSQL is not on the PATH")
+    psycopg2 = pytest.importorskip("psycopg2", exc_type=ImportError)
+    user = None if os.geteuid() else "nobody"
+    port = free_port()
+    uri = f"postgresql://mlflow@127.0.0.1:{port}/postgres"
+    directory = Path(tempfile.mkdtemp(prefix="postgresql-"))  # pytest's own are closed to other users
+    if user:
+        shutil.chown(directory, user)
+
+    def accepts() -> bool:
+        try:
+            psycopg2.connect(uri).close()
+        except psycopg2.OperationalError:
+            return False
+        return True
+
+    cluster = ["-D", str(directory / "cluster")]
+    initdb = ["initdb", *cluster, "--username=mlflow", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C"]
+    postgres = ["postgres", *cluster, "-h", "127.0.0.1", "-p", str(port), "-c", "unix_socket_directories=", "-F"]
+    log = tmp_path_factory.mktemp("postgresql") / "postgres.log"
+    try:
+        with log.open("wb") as output:
+            subprocess.run(initdb, cwd=directory, user=user, stdout=output, stderr=output, check=True)
+            process = subprocess.Popen(
+                postgres, cwd=directory, user=user, stdout=output, stderr=output, start_new_session=True
+            )
+        try:
+            wait_until(accepts, process, log)
+            with serving(log.parent, uri.replace("postgresql", "postgresql+psycopg2")) as server:
+                yield server
+        finally:
+            process.send_signal(signal.SIGQUIT)  # at once; nobody needs its data again
+            process.wait()
+    finally:
+        shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def server(request: pytest.FixtureRequest) -> Server:
+    found: Server = request.getfixturevalue(request.param)
+    return found
+
+
+def workspace(root: Path, uri: str, **params: object) -> Repository:
+    """Return a pipeline whose download stage need not run."""
+    repository = Repository.create(root, uri, **params)
+    shutil.copytree(DATA, root / "data/raw")
+    return repository
+
+
+def outputs(repository: Repository, *patterns: str) -> dict[str, bytes]:
+    found = [
+        path
+        for pattern in patterns
+        for path in repository.root.glob(pattern)
+        if path.is_file() and path.name != ".gitkeep"
+    ]
+    return {str(path.relative_to(repository.root)): path.read_bytes() for path in found}
+
+
+def all_outputs(repository: Repository) -> dict[str, bytes]:
+    return outputs(repository, "models/*.safetensors", "reports/**/[!.]*")  # not what DVC has git ignore
+
+
+def outputs_of_training(repository: Repository) -> dict[str, bytes]:
+    return outputs(repository, "models/*.safetensors", "reports/history.csv")
+
+
+def warnings(said: str) -> list[str]:
+    return re.findall(r"(?m)^warning: MLflow at .*$", said)
+
+
+def runs(repository: Repository) -> list[Run]:
+    """Return the runs of a repository, of all that the server has, the newest first."""
+    place = f"{platform.node()}:{repository.root.resolve()}"
+    return [run for run in repository.runs() if run.data.tags["workspace"] == place]
+
+
+def say_until(process: "subprocess.Popen[str]", pattern: str) -> str:
+    """Return what a process says until a line matches."""
+    assert process.stdout is not None
+    said = ""
+    for line in process.stdout:
+        said += line
+        if re.search(pattern, line):
+            return said
+    raise AssertionError(said)
+
+
+def say_rest(process: "subprocess.Popen[str]") -> str:
+    """Return what a process says from here on to its end."""
+    said, _ = process.communicate()
+    return said
+
+
+def check_training(repository: Repository, run: Run) -> None:
+    """Check that a run is finished and has each epoch of the history, once and in order."""
+    epochs = (repository.root / "reports/history.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert run.info.status == "FINISHED"
+    for metric in ("learning_rate", "train_loss", "train_accuracy", "monitor_loss", "monitor_accuracy"):
+        assert repository.steps(run, metric) == list(range(1, len(epochs) + 1)), metric
+
+
+def check_later_stages(repository: Repository, run: Run) -> None:
+    """Check that a run has the scores of the test, and that the server gives out the report."""
+    metrics = json.loads((repository.root / "reports/metrics.json").read_text(encoding="utf-8"))
+    assert run.data.metrics["test_accuracy"] == metrics["test_accuracy"]
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+    assert {file.path for file in repository.client.list_artifacts(run.info.run_id, "reports")} == {
+        f"reports/{name}" for name in REPORTS
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        downloaded = repository.client.download_artifacts(run.info.run_id, "reports/report.md", directory)
+        assert Path(downloaded).read_bytes() == (repository.root / "reports/report.md").read_bytes()
+
+
+@pytest.fixture
+def mlflow_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Point this process's MLflow, and its environment, to a server for one test."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # restored at the end
+    yield mlflow.set_tracking_uri
+    mlflow.set_tracking_uri(None)
+
+
+# A server that is down
+
+
+@dataclass(frozen=True)
+class Mended:
+    """A `dvc repro` with nothing on the port of its server, and two backfills to a server that works."""
+
+    absent: str
+    repository: Repository
+    returncode: int
+    said: str
+    outputs: dict[str, bytes]
+    backfills: list["subprocess.CompletedProcess[str]"]
+    runs: list[list[Run]]
+
+
+@pytest.fixture(scope="module")
+def mended(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Mended:
+    root, absent = tmp_path_factory.mktemp("mended"), f"http://127.0.0.1:{free_port()}"
+    process = Repository.create(root, absent).init().start("dvc", "repro")
+    repository = Repository(root, request.getfixturevalue("sqlite").uri)  # starts meanwhile
+    said = say_rest(process)
+    made = all_outputs(repository)
+    backfills, found = [], []
+    for _ in range(2):
+        backfills.append(repository.backfill())
+        found.append(runs(repository))
+    return Mended(absent, repository, process.returncode, said, made, backfills, found)
+
+
+def test_a_server_that_is_down_costs_each_stage_a_warning_and_nothing_else(mended: Mended) -> None:
+    assert mended.returncode == 0, mended.said
+    assert "Traceback" not in mended.said
+    stages = re.split(r"Running stage '(\w+)':", mended.said)
+    warned = {stage: warnings(text) for stage, text in zip(stages[1::2], stages[2::2], strict=True)}
+    assert warned.pop("download") == []
+    for stage, untracked in zip(STAGES, ("this training", "what evaluate found", "the report"), strict=True):
+        [warning] = warned[stage]
+        assert warning.startswith(f"warning: MLflow at {mended.absent} failed (")
+        assert f"so {untracked} is not tracked" in warning
+
+
+def test_the_backfill_makes_the_run_that_a_server_missed(mended: Mended) -> None:
+    assert mended.backfills[0].returncode == 0, mended.backfills[0].stdout
+    [run] = mended.runs[0]
+    check_training(mended.repository, run)
+    check_later_stages(mended.repository, run)
+    assert [run.data.tags[name] for name in ("backfilled", "evaluate.backfilled", "report.backfilled")] == ["true"] * 3
+
+
+def test_a_second_backfill_adds_nothing(mended: Mended) -> None:
+    assert mended.backfills[1].returncode == 0, mended.backfills[1].stdout
+    assert mended.backfills[1].stdout == "MLflow has all of the run of models/model.safetensors\n"
+    assert [run.to_dictionary() for run in mended.runs[1]] == [run.to_dictionary() for run in mended.runs[0]]
+
+
+def test_a_server_that_is_required_and_down_is_an_error_before_the_training(tmp_path: Path) -> None:
+    repository = workspace(tmp_path, f"http://127.0.0.1:{free_port()}")
+    ended = repository.stage("train", MNIST_TRACKING="required")
+    assert ended.returncode == 1
+    assert re.fullmatch(rf"error: MLflow at {repository.uri} failed \(.*\n", ended.stdout), ended.stdout
+    assert outputs(repository, "models/*", "reports/**/*", ".checkpoints/*") == {}
+
+
+# A server that works
+
+
+@dataclass(frozen=True)
+class Tracked:
+    repository: Repository
+    stages: dict[str, "subprocess.CompletedProcess[str]"]
+
+    @property
+    def run(self) -> Run:
+        [run] = runs(self.repository)
+        return run
+
+
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory: pytest.TempPathFactory, server: Server, mended: Mended) -> Tracked:
+    """Run the stages, but after `mended`: its backfill would find this very model on the server."""
+    repository = workspace(tmp_path_factory.mktemp("tracked"), server.uri)
+    return Tracked(repository, {stage: repository.stage(stage) for stage in STAGES})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_succeeds_without_a_warning(tracked: Tracked, stage: str) -> None:
+    assert tracked.stages[stage].returncode == 0, tracked.stages[stage].stdout
+    assert not re.search("(?i)warning|error|Traceback", tracked.stages[stage].stdout), tracked.stages[stage].stdout
+
+
+def test_a_training_is_one_finished_run_with_every_epoch(tracked: Tracked) -> None:
+    check_training(tracked.repository, tracked.run)
+
+
+def test_the_later_stages_add_to_it(tracked: Tracked) -> None:
+    check_later_stages(tracked.repository, tracked.run)
+    assert [value for name, value in tracked.run.data.tags.items() if name.endswith("backfilled")] == ["false"] * 3
+
+
+def test_the_server_gives_the_model_out(tracked: Tracked, params: Params, mlflow_at: Callable[[str], None]) -> None:
+    images, _ = load_digits(DATA, "test").tensors(params.data, torch.device("cpu"))
+    expected = predict(load_model(tracked.repository.root / "models/model.safetensors"), images[:7], 7)
+    [model] = tracked.run.outputs.model_outputs
+    mlflow_at(tracked.repository.uri)
+    for uri in (f"models:/{model.model_id}", f"runs:/{tracked.run.info.run_id}/model"):
+        predicted = mlflow.pyfunc.load_model(uri).predict(images[:7].numpy())
+        assert torch.allclose(torch.as_tensor(predicted), expected, atol=1e-5), uri
+
+
+def test_no_store_is_made_beside_the_server(tracked: Tracked, mended: Mended) -> None:
+    for repository in (tracked.repository, mended.repository):
+        assert STORES & {path.name for path in repository.root.iterdir()} == set()
+
+
+def test_the_outputs_are_the_same_bytes_without_a_server(tracked: Tracked, mended: Mended) -> None:
+    assert all_outputs(tracked.repository) == mended.outputs
+    assert mended.outputs.keys() >= OUTPUTS
+
+
+def test_a_training_that_was_killed_goes_on_in_its_run(tmp_path: Path, sqlite: Server) -> None:
+    repository = workspace(tmp_path, sqlite.uri, epochs=8)
+    process = repository.start(sys.executable, "stages/train.py")
+    say_until(process, "^Epoch: 2/")
+    process.kill()
+    say_rest(process)
+    [killed] = runs(repository)
+    assert killed.info.status == "RUNNING"
+    again = repository.stage("train")
+    assert again.returncode == 0, again.stdout
+    assert "Going on after epoch" in again.stdout
+    [run] = runs(repository)
+    assert run.info.run_id == killed.info.run_id
+    check_training(repository, run)
+
+
+# A server that fails during a training
+
+
+@dataclass(frozen=True)
+class Halfway:
+    """A `dvc repro` whose server dies after the first epochs, and a backfill when it is back."""
+
+    repository: Repository
+    returncode: int
+    said: str
+    left: list[Run]
+    backfill: "subprocess.CompletedProcess[str]"
+    runs: list[Run]
+
+
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory: pytest.TempPathFactory, sqlite: Server) -> Halfway:
+    repository = Repository.create(tmp_path_factory.mktemp("halfway"), sqlite.uri, epochs=30).init()
+    process = repository.start("dvc", "repro")
+    said = say_until(process, "^Epoch: 2/")
+    sqlite.kill()
+    said += say_rest(process)
+    sqlite.start()
+    sqlite.wait()
+    left = runs(repository)
+    backfill = repository.backfill()
+    return Halfway(repository, process.returncode, said, left, backfill, runs(repository))
+
+
+def test_a_server_that_dies_costs_a_training_its_later_epochs_in_the_run_alone(halfway: Halfway) -> None:
+    assert halfway.returncode == 0, halfway.said
+    assert "Traceback" not in halfway.said
+    training, *later = warnings(halfway.said)
+    assert re.search(r"so this training after epoch ([2-9]|1\d) is not tracked", training)
+    assert len(later) == 2
+    assert len(outputs(halfway.repository, "reports/history.csv")["reports/history.csv"].splitlines()) == 31
+    assert all_outputs(halfway.repository).keys() >= OUTPUTS
+
+
+def test_the_backfill_completes_the_run_that_a_server_has_a_part_of(halfway: Halfway) -> None:
+    assert halfway.backfill.returncode == 0, halfway.backfill.stdout
+    [left], [run] = halfway.left, halfway.runs
+    assert left.info.status == "RUNNING"
+    assert run.info.run_id == left.info.run_id
+    assert (left.data.tags["backfilled"], run.data.tags["backfilled"]) == ("false", "true")
+    check_training(halfway.repository, run)
+    check_later_stages(halfway.repository, run)
+
+
+def test_a_server_that_hangs_half_way_costs_a_training_seconds(tmp_path: Path, sqlite: Server) -> None:
+    repository = workspace(tmp_path, sqlite.uri, epochs=8)
+    process = repository.start(sys.executable, "stages/train.py")
+    say_until(process, "^Epoch: 2/")
+    begin = time.monotonic()
+    sqlite.signal(signal.SIGSTOP)
+    try:
+        said = say_rest(process)
+        seconds = time.monotonic() - begin
+    finally:
+        sqlite.signal(signal.SIGCONT)
+    assert process.returncode == 0, said
+    assert len(warnings(said)) == 1
+    assert "after epoch" in said
+    assert len(outputs_of_training(repository)) == 2
+    assert seconds < STALL
+
+
+# A server that is no help
+
+
+@contextmanager
+def answering(status: int, **headers: str) -> Iterator[int]:
+    """Answer every request with an error."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def answer(self) -> None:
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815 (the base class's names)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        try:
+            yield stub.server_port
+        finally:
+            stub.shutdown()
+
+
+@contextmanager
+def silent() -> Iterator[int]:
+    """Accept connections, by the kernel, and never answer."""
+    with create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+@dataclass(frozen=True)
+class Untracked:
+    """A training of which the server heard nothing."""
+
+    uri: str
+    process: "subprocess.CompletedProcess[str]"
+    seconds: float
+    outputs: dict[str, bytes]
+
+
+def train_untracked(root: Path, port: int) -> Untracked:
+    repository = workspace(root, f"http://127.0.0.1:{port}")
+    begin = time.monotonic()
+    process = repository.stage("train")
+    return Untracked(repository.uri, process, time.monotonic() - begin, outputs_of_training(repository))
+
+
+@pytest.fixture(scope="module")
+def untracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Untracked]:
+    """Train once with each of these servers, with all at once: most of the time is waiting."""
+    with answering(500) as broken, answering(503, Retry_After="3600") as busy, silent() as hanging:
+        ports = {"refuses": free_port(), "answers 500": broken, "asks to wait an hour": busy, "never answers": hanging}
+        roots = [tmp_path_factory.mktemp("untracked") for _ in ports]
+        with ThreadPoolExecutor(len(ports)) as pool:
+            return dict(zip(ports, pool.map(train_untracked, roots, ports.values()), strict=True))
+
+
+@pytest.mark.parametrize("server_that", ["refuses", "answers 500", "asks to wait an hour", "never answers"])
+def test_whatever_the_server_does_a_training_ends_well_after_one_warning(
+    untracked: dict[str, Untracked], mended: Mended, server_that: str
+) -> None:
+    training = untracked[server_that]
+    said = training.process.stdout
+    assert training.process.returncode == 0, said
+    assert "Traceback" not in said
+    [warning] = warnings(said)
+    assert warning.startswith(f"warning: MLflow at {training.uri} failed (")
+    assert "so this training is not tracked" in warning
+    assert len(training.outputs) == 2
+    assert training.outputs.items() <= mended.outputs.items()
+
+
+@pytest.mark.parametrize("server_that", ["answers 500", "asks to wait an hour", "never answers"])
+def test_whatever_the_server_does_it_costs_seconds(untracked: dict[str, Untracked], server_that: str) -> None:
+    assert untracked[server_that].seconds - untracked["refuses"].seconds < STALL
