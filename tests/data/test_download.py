@@ -30,7 +30,7 @@ def _no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         raise OSError("the mirrors are out of reach")
 
     monkeypatch.delenv("MNIST_DIR", raising=False)
-    monkeypatch.setattr("mnist_pipeline.download.from_torchvision", fail)
+    monkeypatch.setattr("mnist_pipeline.data.download.from_torchvision", fail)
     monkeypatch.setenv("PATH", str(tmp_path / "no programs"))
 
 
@@ -248,7 +248,7 @@ def test_a_failing_mirror_is_one_line(
         (target / "part").touch()
         raise error
 
-    monkeypatch.setattr("mnist_pipeline.download.from_torchvision", fail)
+    monkeypatch.setattr("mnist_pipeline.data.download.from_torchvision", fail)
     assert "  failed: " in failures(raw, digests, capsys)
 
 
@@ -259,7 +259,7 @@ def test_an_interrupted_download_leaves_nothing(
         (target / "part").touch()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mnist_pipeline.download.from_torchvision", interrupt)
+    monkeypatch.setattr("mnist_pipeline.data.download.from_torchvision", interrupt)
     with pytest.raises(KeyboardInterrupt):
         download(raw, digests)
     assert state(raw.parent) == {}
@@ -275,7 +275,7 @@ def test_torchvision_has_limited_time_and_only_its_four_files_are_taken(
         shutil.copytree(small_data, Path(root) / "MNIST/raw")
 
     monkeypatch.setitem(sys.modules, "torchvision.datasets", SimpleNamespace(MNIST=fetch))
-    monkeypatch.setattr("mnist_pipeline.download.from_torchvision", from_torchvision)
+    monkeypatch.setattr("mnist_pipeline.data.download.from_torchvision", from_torchvision)
     download(raw, digests)
     assert content_of(raw) == digits
     assert list(raw.parent.iterdir()) == [raw]

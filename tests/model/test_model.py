@@ -193,19 +193,21 @@ def test_a_loaded_model_predicts_the_same_bits(model: Net, params: Params, tmp_p
     model.train()(torch.randn(8, 1, 28, 28))  # moves the running statistics, which the file carries too
     save_model(model, tmp_path / "models" / "model", params.model, params.data)
     images = torch.randn(5, 1, 28, 28)
-    loaded = load_model(tmp_path / "models" / "model")
+    loaded = load_model(tmp_path / "models" / "model").network
     assert torch.equal(predict(loaded, images, batch_size=5), predict(model, images, batch_size=5))
 
 
-def test_a_loaded_model_is_ready_to_predict(saved: Path) -> None:
-    assert not load_model(saved).training
+def test_a_loaded_model_is_ready_to_predict(saved: Path, params: Params) -> None:
+    loaded = load_model(saved)
+    assert not loaded.network.training
+    assert (loaded.normalization.mean, loaded.normalization.std) == (params.data.mean, params.data.std)
 
 
 @pytest.mark.parametrize("kind", ["element", "channel"])
 def test_a_loaded_model_has_the_architecture_it_was_saved_with(params: Params, tmp_path: Path, kind: str) -> None:
     architecture = params.model.model_copy(update={"dropout_kind": kind, "dropout": 0.125})
     save_model(build_model(architecture, seed=0), tmp_path / "model", architecture, params.data)
-    dropout = load_model(tmp_path / "model").get_submodule("block1.dropout1")
+    dropout = load_model(tmp_path / "model").network.get_submodule("block1.dropout1")
     assert type(dropout).__name__ == {"element": "Dropout", "channel": "Dropout2d"}[kind]
     assert dropout.p == 0.125
 

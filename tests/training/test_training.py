@@ -15,7 +15,7 @@ from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict, score, set_up_torch
 from mnist_pipeline.model.network import Net, build_model
-from mnist_pipeline.training.loop import learning_rate, seed_epoch, smoothed_loss, start_training
+from mnist_pipeline.training.loop import learning_rate, seed_epoch, smoothed_cross_entropy, start_training
 from mnist_pipeline.training.loop import train as train_on
 
 Part = tuple[Tensor, Tensor]
@@ -329,7 +329,7 @@ def test_the_averaged_network_is_what_the_monitor_scores(params: Params, trainin
 def test_label_smoothing_is_torchs(training: Part) -> None:
     logits = torch.randn(len(training[1]), 10, generator=torch.Generator().manual_seed(0))
     expected = F.cross_entropy(logits, training[1], label_smoothing=0.1, reduction="sum")
-    torch.testing.assert_close(smoothed_loss(logits.log_softmax(dim=1), training[1], 0.1), expected)
+    torch.testing.assert_close(smoothed_cross_entropy(logits.log_softmax(dim=1), training[1], 0.1), expected)
 
 
 def test_the_last_epochs_are_clean(params: Params, training: Part, monitor: Part) -> None:

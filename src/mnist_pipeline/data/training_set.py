@@ -33,10 +33,10 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
     seen = {
         key: f"MNIST's {part} image {index}"
         for part, digits in parts.items()
-        for index, key in enumerate(_duplicate_keys(digits))
+        for index, key in enumerate(duplicate_keys(digits))
     }
     copies = []
-    for name, key in zip(names, _duplicate_keys(added), strict=True):
+    for name, key in zip(names, duplicate_keys(added), strict=True):
         if key in seen:
             copies.append(f"{name} (a copy of {seen[key]})")
         seen.setdefault(key, name)
@@ -58,7 +58,7 @@ def _first_few(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
 
 
-def _duplicate_keys(digits: Digits) -> list[bytes]:
+def duplicate_keys(digits: Digits) -> list[bytes]:
     """Return a key for each image that near-duplicates share: its pixels in four grey levels.
 
     Rounding seldom alters the key, and no two of MNIST's 70,000 images share one.

@@ -68,7 +68,7 @@ def train(
         UserError: a loss is not finite.
     """
     for epoch in range(len(training.history) + 1, params.epochs + 1):
-        _seed_epoch(seed, epoch)
+        seed_epoch(seed, epoch)
         train_score = _train_epoch(training, digits, params, epoch, on_batch)
         if training.average:
             # The averaged weights need their own BatchNorm statistics: measure them on unaugmented images.
@@ -99,7 +99,7 @@ def _train_epoch(
         seen = augment(images[batch], augmentation) if augmentation else images[batch]
         with torch.autocast(images.device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
             log_probabilities = model(seen)
-        loss = _cross_entropy_sum(log_probabilities, labels[batch], params.label_smoothing) / len(batch)
+        loss = smoothed_cross_entropy(log_probabilities, labels[batch], params.label_smoothing) / len(batch)
         model.zero_grad()
         loss.backward()
         for optimizer in training.optimizers:
@@ -131,7 +131,7 @@ def learning_rate(params: TrainParams, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
-def _seed_epoch(seed: int, epoch: int) -> None:
+def seed_epoch(seed: int, epoch: int) -> None:
     """Seed all that an epoch draws (the order of the images, dropout) from the run's seed and the epoch's number.
 
     So the draws of an epoch do not depend on the epochs before it.
@@ -139,10 +139,10 @@ def _seed_epoch(seed: int, epoch: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 
-def _cross_entropy_sum(log_probabilities: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Return the cross-entropy, summed over images; label smoothing spreads a share of each label over all classes.
+def smoothed_cross_entropy(log_probabilities: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Return the cross-entropy of log-probabilities (N, 10) and labels (N,), summed over images.
 
-    Source: Szegedy et al., arXiv:1512.00567.
+    Label smoothing spreads a share of each label over all classes. Source: Szegedy et al., arXiv:1512.00567.
     """
     loss = F.nll_loss(log_probabilities, labels, reduction="sum")
     return (1 - smoothing) * loss - smoothing * log_probabilities.mean(dim=1).sum() if smoothing else loss

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import FILES, Digits, load_digits
 from mnist_pipeline.data.download import mismatches, read_digests
-from mnist_pipeline.data.training_set import load_training_data, split
-from mnist_pipeline.evaluation.disputed import DISPUTED
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 
@@ -113,36 +110,6 @@ def test_other_digits_have_another_digest(change: Callable[[Digits], Digits]) ->
     assert change(numbered(20)).sha256() != numbered(20).sha256()
 
 
-@pytest.fixture(scope="module")
-def mnist() -> Digits:
-    """MNIST's own test images, where the pipeline has fetched them."""
-    raw = ROOT / "data/raw"
-    if not raw.is_dir():
-        pytest.skip("data/raw is absent: `dvc repro download` makes it")
-    return load_digits(raw, "test")
-
-
-def test_the_disputed_labels_of_mnists_test_images_are_known(mnist: Digits) -> None:
-    assert mnist.disputed() == DISPUTED == sorted(set(DISPUTED))
-    assert mnist.labels[DISPUTED].tolist() == [8, 0, 9, 4, 2, 5, 6, 6, 5, 5, 0, 1, 4, 6, 5]
-
-
-def test_of_almost_all_of_them_no_label_is_disputed(mnist: Digits) -> None:
-    assert mnist[:9_999].disputed() == []
-
-
-@pytest.mark.parametrize("part", ["train", "test"])
-def test_of_other_images_no_label_is_disputed(small_data: Path, part: str) -> None:
-    assert load_digits(small_data, part).disputed() == []
-
-
-@pytest.mark.usefixtures("mnist")
-def test_no_two_of_mnists_images_pass_for_copies() -> None:
-    raw = ROOT / "data/raw"
-    likenesses = [likeness for part in ("train", "test") for likeness in load_digits(raw, part).likenesses()]
-    assert len(set(likenesses)) == len(likenesses) == 70_000
-
-
 def test_pixels_are_scaled_and_normalised(params: Params) -> None:
     pixels = torch.zeros(2, 28, 28, dtype=torch.uint8)
     pixels[1, 0, 27], pixels[1, 27, 0] = 255, 51  # white and a fifth of it
@@ -152,62 +119,6 @@ def test_pixels_are_scaled_and_normalised(params: Params) -> None:
     assert images[1, 0, 0, 27].item() == pytest.approx((1 - 0.1307) / 0.3081)
     assert images[1, 0, 27, 0].item() == pytest.approx((0.2 - 0.1307) / 0.3081)
     assert labels.tolist() == [4, 2]
-
-
-def test_a_split_loses_and_repeats_no_image() -> None:
-    training, held_out = split(numbered(200), validation_size=50, seed=0)
-    assert (len(training), len(held_out)) == (150, 50)
-    assert sorted(training.labels.tolist() + held_out.labels.tolist()) == list(range(200))
-
-
-def test_a_split_keeps_labels_with_their_images_in_file_order() -> None:
-    for part in split(numbered(200), validation_size=50, seed=0):
-        assert torch.equal(part.pixels[:, 0, 0], part.labels)
-        assert torch.equal(part.labels, part.labels.sort().values)
-
-
-def test_a_split_depends_on_the_seed_alone() -> None:
-    _, held_out = split(numbered(200), validation_size=50, seed=7)
-    torch.manual_seed(99)
-    _, again = split(numbered(200), validation_size=50, seed=7)
-    _, other = split(numbered(200), validation_size=50, seed=8)
-    assert torch.equal(held_out.labels, again.labels)
-    assert not torch.equal(held_out.labels, other.labels)
-
-
-def test_a_split_leaves_torchs_random_numbers_alone() -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    split(numbered(200), validation_size=50, seed=7)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_a_split_of_size_0_holds_nothing_out() -> None:
-    training, held_out = split(numbered(200), validation_size=0, seed=0)
-    assert (len(training), len(held_out)) == (200, 0)
-
-
-@pytest.mark.parametrize("size", [200, 201, 60_000])
-def test_a_split_must_leave_images_to_train_on(size: int) -> None:
-    with pytest.raises(UserError, match=rf"^data\.validation_size .* 200 .* {size:,}$"):
-        split(numbered(200), validation_size=size, seed=0)
-
-
-def test_without_a_split_the_test_images_monitor(small_data: Path, params: Params) -> None:
-    parts = load_training_data(small_data, small_data / "absent", params.data, seed=0)
-    assert {use: len(digits) for use, digits in parts.items()} == {"train": 300, "monitor": 200}
-    assert torch.equal(parts["monitor"].pixels, load_digits(small_data, "test").pixels)
-    assert params.data.monitor_name == "Test"
-
-
-def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, params: Params) -> None:
-    for file in copy_of_data.glob("t10k-*"):
-        file.unlink()
-    data = params.data.model_copy(update={"validation_size": 50})
-    parts = load_training_data(copy_of_data, copy_of_data / "absent", data, seed=0)
-    assert {use: len(digits) for use, digits in parts.items()} == {"train": 250, "monitor": 50}
-    assert data.monitor_name == "Validation"
 
 
 @pytest.mark.parametrize(("name", "damage", "reason"), DAMAGES.values(), ids=DAMAGES.keys())

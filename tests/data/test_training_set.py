@@ -1,0 +1,86 @@
+"""The images that train and those that monitor: nothing is lost, nothing is seen twice."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import ROOT
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.params import Params
+from mnist_pipeline.data.digits import Digits, load_digits
+from mnist_pipeline.data.training_set import duplicate_keys, load_training_data, split
+
+
+def numbered(count: int) -> Digits:
+    """Digits that can be told apart: image i has label i and pixels i (below 256)."""
+    labels = torch.arange(count)
+    return Digits(labels.to(torch.uint8).view(-1, 1, 1).expand(-1, 28, 28), labels)
+
+
+@pytest.fixture
+def copy_of_data(small_data: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(small_data, tmp_path / "raw")
+
+
+def test_a_split_loses_and_repeats_no_image() -> None:
+    training, held_out = split(numbered(200), validation_size=50, seed=0)
+    assert (len(training), len(held_out)) == (150, 50)
+    assert sorted(training.labels.tolist() + held_out.labels.tolist()) == list(range(200))
+
+
+def test_a_split_keeps_labels_with_their_images_in_file_order() -> None:
+    for part in split(numbered(200), validation_size=50, seed=0):
+        assert torch.equal(part.pixels[:, 0, 0], part.labels)
+        assert torch.equal(part.labels, part.labels.sort().values)
+
+
+def test_a_split_depends_on_the_seed_alone() -> None:
+    _, held_out = split(numbered(200), validation_size=50, seed=7)
+    torch.manual_seed(99)
+    _, again = split(numbered(200), validation_size=50, seed=7)
+    _, other = split(numbered(200), validation_size=50, seed=8)
+    assert torch.equal(held_out.labels, again.labels)
+    assert not torch.equal(held_out.labels, other.labels)
+
+
+def test_a_split_leaves_torchs_random_numbers_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    split(numbered(200), validation_size=50, seed=7)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_split_of_size_0_holds_nothing_out() -> None:
+    training, held_out = split(numbered(200), validation_size=0, seed=0)
+    assert (len(training), len(held_out)) == (200, 0)
+
+
+@pytest.mark.parametrize("size", [200, 201, 60_000])
+def test_a_split_must_leave_images_to_train_on(size: int) -> None:
+    with pytest.raises(UserError, match=rf"^data\.validation_size .* 200 .* {size:,}$"):
+        split(numbered(200), validation_size=size, seed=0)
+
+
+def test_without_a_split_the_test_images_monitor(small_data: Path, params: Params) -> None:
+    parts = load_training_data(small_data, small_data / "absent", params.data, seed=0)
+    assert {use: len(digits) for use, digits in parts.items()} == {"train": 300, "monitor": 200}
+    assert torch.equal(parts["monitor"].pixels, load_digits(small_data, "test").pixels)
+    assert params.data.monitor_name == "Test"
+
+
+def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, params: Params) -> None:
+    for file in copy_of_data.glob("t10k-*"):
+        file.unlink()
+    data = params.data.model_copy(update={"validation_size": 50})
+    parts = load_training_data(copy_of_data, copy_of_data / "absent", data, seed=0)
+    assert {use: len(digits) for use, digits in parts.items()} == {"train": 250, "monitor": 50}
+    assert data.monitor_name == "Validation"
+
+
+@pytest.mark.skipif(not (ROOT / "data/raw").is_dir(), reason="data/raw is absent: `dvc repro download` makes it")
+def test_no_two_of_mnists_images_count_as_copies() -> None:
+    keys = [key for part in ("train", "test") for key in duplicate_keys(load_digits(ROOT / "data/raw", part))]
+    assert len(set(keys)) == len(keys) == 70_000
