@@ -1,7 +1,5 @@
 """Train the network, and write its weights and the history of its epochs."""
 
-from functools import partial
-
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import write_csv
 from mnist_pipeline.common.params import Params, load_params
@@ -11,7 +9,7 @@ from mnist_pipeline.model.inference import set_up_torch
 from mnist_pipeline.model.model_file import save_model
 from mnist_pipeline.model.network import build_model
 from mnist_pipeline.tracking.progress import TrainingLog
-from mnist_pipeline.tracking.provenance import identify, trace
+from mnist_pipeline.tracking.provenance import identify_training, trace
 from mnist_pipeline.tracking.training_run import training_run
 from mnist_pipeline.training.checkpoint import Checkpoint
 from mnist_pipeline.training.distributed.launch import launch
@@ -39,4 +37,4 @@ def main(params: Params, train: TrainingLoop = train) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: launch(main, load_params(), partial(identify, "train")))  # in one process, unless the params say more
+    run(lambda: launch(main, load_params(), identify_training))  # in one process, unless the params ask for more

@@ -87,9 +87,9 @@ def _paths_of(entries: Sequence[str | Mapping[str, object]]) -> list[str]:
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
-def identify(stage: str, params: Params) -> dict[str, object]:
-    """Name everything that must be equal in processes that run a stage together; files by their SHA-256."""
-    provenance = trace(stage, params)
+def identify_training(params: Params) -> dict[str, object]:
+    """Name everything that must be equal in processes that train together; files by their SHA-256."""
+    provenance = trace("train", params)
     return {
         "git_commit": commit()["git_commit"],
         str(REQUIREMENTS): sha256(REQUIREMENTS),
