@@ -120,7 +120,7 @@ class ReportParams(Section):
 
 
 class Params(Section):
-    """The whole of `params.yaml`."""
+    """The params that make the pipeline's numbers: all of `params.yaml` except `gate`, which promotion reads."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     threads: Annotated[int, Field(ge=1, le=256)]
@@ -129,7 +129,6 @@ class Params(Section):
     train: TrainParams
     evaluate: EvaluateParams
     report: ReportParams
-    gate: dict[str, Any]  # parsed where it is used, by promotion
 
 
 def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
@@ -141,7 +140,8 @@ def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
     sections = read_sections(path)
     if overlay:
         sections = merge(sections, read_sections(overlay))
-    return parse_section(Params, sections, f"{overlay or path}: ")
+    makers = {name: section for name, section in sections.items() if name != "gate"}
+    return parse_section(Params, makers, f"{overlay or path}: ")
 
 
 def parse_section(section: type[_Section], content: Mapping[str, Any], where: str) -> _Section:

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text
-from mnist_pipeline.common.params import Count, Section, load_params, parse_section
+from mnist_pipeline.common.params import Count, Section, load_params, parse_section, read_sections
 from mnist_pipeline.common.paths import METRICS, PARAMS, RAW
 from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.data.digits import Digits, load_digits
@@ -37,6 +37,10 @@ class GateParams(Section):
     largest_calibration_error: Share
     margin: Share
     changed_data: bool
+
+
+class _GateFile(Section):
+    gate: GateParams
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,19 @@ def judge() -> list[Verdict]:
     Raises:
         UserError: a file that the pipeline makes is absent or damaged.
     """
-    params = load_params()
-    champion = look_up_champion(load_digits(RAW, "test"), params.evaluate.batch_size)
-    return decide(parse_section(GateParams, params.gate, f"{PARAMS}: gate."), look_at_candidate(), champion)
+    bounds = load_bounds(PARAMS)
+    champion = look_up_champion(load_digits(RAW, "test"), load_params().evaluate.batch_size)
+    return decide(bounds, look_at_candidate(), champion)
+
+
+def load_bounds(path: Path) -> GateParams:
+    """Load and validate the section `gate` of the params.
+
+    Raises:
+        UserError: the file is absent or no YAML, or the section has a key or a value that does not belong there.
+    """
+    section = {name: values for name, values in read_sections(path).items() if name == "gate"}
+    return parse_section(_GateFile, section, f"{path}: ").gate
 
 
 def decide(bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion) -> list[Verdict]:
