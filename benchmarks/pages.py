@@ -21,9 +21,9 @@ from mnist_pipeline.common.paths import (
     ROBUSTNESS,
     STUDIES,
 )
-from mnist_pipeline.report.comparison import compare
+from mnist_pipeline.report.comparison import compare_results
 from mnist_pipeline.report.results import load_results
-from mnist_pipeline.report.studies import load_studies, tabulate
+from mnist_pipeline.report.studies import load_studies, recipe_table
 
 SCALING = Path("docs/scaling.md")
 NORMALIZATIONS = 6  # in the network
@@ -59,7 +59,7 @@ def renew(page: str) -> str:
 def results() -> str:
     """The main figures of the committed run beside the specification's, and how far they can be told apart."""
     found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
-    rows = compare(found, load_params().data.monitor_name)
+    rows = compare_results(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)
     return (
@@ -71,7 +71,7 @@ def results() -> str:
 
 def recipes() -> str:
     """What the studies of recipes found."""
-    header, *rows = tabulate(load_studies())
+    header, *rows = recipe_table(load_studies())
     return table(header, rows)
 
 

@@ -7,11 +7,11 @@ from mnist_pipeline.common.paths import CALIBRATION, METRICS, MODEL, PREDICTIONS
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.evaluation.disputed import disputed_images
 from mnist_pipeline.evaluation.metrics import (
-    calibration,
+    calibration_bins,
+    compute_metrics,
     corrupted_accuracies,
-    measure,
     measure_robustness,
-    predictions,
+    prediction_rows,
 )
 from mnist_pipeline.model.inference import predict, set_up_torch
 from mnist_pipeline.model.model_file import load_model
@@ -29,11 +29,11 @@ def main() -> None:
     digits = load_digits(RAW, "test")
     images, labels = digits.tensors(model.normalization, device)
     log_probabilities = predict(network, images, params.evaluate.batch_size)
-    metrics = measure(log_probabilities, labels, disputed_images(digits))
+    metrics = compute_metrics(log_probabilities, labels, disputed_images(digits))
     robustness = measure_robustness(network, digits, model.normalization, params.evaluate.batch_size, device)
     size = {"parameters": count_parameters(network), "model_bytes": MODEL.stat().st_size}
-    write_csv(PREDICTIONS, predictions(log_probabilities, labels))
-    write_csv(CALIBRATION, calibration(log_probabilities, labels))
+    write_csv(PREDICTIONS, prediction_rows(log_probabilities, labels))
+    write_csv(CALIBRATION, calibration_bins(log_probabilities, labels))
     write_csv(ROBUSTNESS, robustness)
     write_json(METRICS, metrics | corrupted_accuracies(robustness) | size)
     print(f"Test set: Accuracy: {metrics['test_correct']}/{metrics['test_total']} ({metrics['test_accuracy']:.2%})")

@@ -7,7 +7,7 @@ from mnist_pipeline.common.params import load_params
 from mnist_pipeline.data.digits import FILES, load_digits
 from mnist_pipeline.data.training_set import load_additions
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.report.architecture import describe
+from mnist_pipeline.report.architecture import list_layers
 from mnist_pipeline.report.document import draw_charts, render_report, write_figures
 from mnist_pipeline.report.page import render_page
 from mnist_pipeline.report.results import load_results
@@ -22,7 +22,7 @@ def main() -> None:
     digits = {part: load_digits(paths.RAW, part) for part in ("train", "test")}
     digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
     model = load_model(paths.MODEL).network
-    layers = describe(model)
+    layers = list_layers(model)
     results = load_results(
         paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
     )

@@ -230,7 +230,7 @@ def info(model: Path, as_json: bool) -> None:
     from mnist_pipeline.common.files import sha256
     from mnist_pipeline.common.params import Normalization, load_params
     from mnist_pipeline.model.network import Net
-    from mnist_pipeline.report.architecture import describe
+    from mnist_pipeline.report.architecture import list_layers
     from mnist_pipeline.serving.classifier import Classifier
 
     if model == MODEL and not model.exists():
@@ -243,7 +243,7 @@ def info(model: Path, as_json: bool) -> None:
     else:
         classifier = Classifier(model)
         network, normalization, digest = classifier.network, classifier.normalization, sha256(model)
-    layers = describe(network)
+    layers = list_layers(network)
     total = sum(layer.parameters for layer in layers)
     if as_json:
         description = {

@@ -11,13 +11,13 @@ from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.metrics import (
-    calibration,
+    calibration_bins,
     calibration_error,
+    compute_metrics,
     corrupted_accuracies,
     family_means,
-    measure,
     measure_robustness,
-    predictions,
+    prediction_rows,
 )
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.network import Net, build_model
@@ -53,19 +53,19 @@ def test_a_score_is_the_mean_negative_log_likelihood_and_the_right_images() -> N
 
 
 def test_images_are_counted_once_each(log_probabilities: Tensor) -> None:
-    metrics = measure(log_probabilities, LABELS)
+    metrics = compute_metrics(log_probabilities, LABELS)
     assert (metrics["test_correct"], metrics["test_misclassified"], metrics["test_total"]) == (10, 2, 12)
     assert metrics["test_accuracy"] == pytest.approx(10 / 12)
     assert metrics["test_loss"] == pytest.approx(-(10 * math.log(0.91) + 2 * math.log(0.01)) / 12)
 
 
 def test_every_score_is_named_as_one_of_the_test_images(log_probabilities: Tensor) -> None:
-    metrics = measure(log_probabilities, LABELS)
+    metrics = compute_metrics(log_probabilities, LABELS)
     assert [name for name in metrics if not name.startswith("test_")] == []
 
 
 def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities: Tensor) -> None:
-    by_class = measure(log_probabilities, LABELS)["test_per_class_accuracy"]
+    by_class = compute_metrics(log_probabilities, LABELS)["test_per_class_accuracy"]
     assert by_class == pytest.approx({str(digit): 1.0 for digit in range(10)} | {"3": 2 / 3, "4": 0.0})
 
 
@@ -75,10 +75,12 @@ def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities:
 def test_disputed_images_are_left_out_of_the_undisputed_accuracy_alone(
     log_probabilities: Tensor, disputed: tuple[int, ...], accuracy: float
 ) -> None:
-    metrics = measure(log_probabilities, LABELS, disputed)
+    metrics = compute_metrics(log_probabilities, LABELS, disputed)
     assert metrics["test_undisputed_accuracy"] == pytest.approx(accuracy)
     others = {name: value for name, value in metrics.items() if name != "test_undisputed_accuracy"}
-    assert others == {name: value for name, value in measure(log_probabilities, LABELS).items() if name in others}
+    assert others == {
+        name: value for name, value in compute_metrics(log_probabilities, LABELS).items() if name in others
+    }
 
 
 def sure(*confidences: float) -> Tensor:
@@ -88,7 +90,7 @@ def sure(*confidences: float) -> Tensor:
 
 def test_the_calibration_has_a_row_for_each_bin_that_has_images() -> None:
     labels = torch.tensor([0, 0, 1, 0, 1])
-    rows = calibration(sure(0.98, 0.5, 0.96, 0.94, 0.12), labels)
+    rows = calibration_bins(sure(0.98, 0.5, 0.96, 0.94, 0.12), labels)
     assert rows == [
         {"images": 1, "confidence": pytest.approx(0.12), "accuracy": 0},
         {"images": 1, "confidence": pytest.approx(0.5), "accuracy": 1},
@@ -99,22 +101,22 @@ def test_the_calibration_has_a_row_for_each_bin_that_has_images() -> None:
 def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy_over_images() -> None:
     log_probabilities, labels = sure(0.98, 0.5, 0.96, 0.94, 0.12), torch.tensor([0, 0, 1, 0, 1])
     error = (1 * 0.12 + 1 * 0.5 + 3 * (0.96 - 2 / 3)) / 5
-    assert calibration_error(calibration(log_probabilities, labels)) == pytest.approx(error)
+    assert calibration_error(calibration_bins(log_probabilities, labels)) == pytest.approx(error)
 
 
 def test_the_calibration_error_is_among_the_metrics(log_probabilities: Tensor) -> None:
-    metrics = measure(log_probabilities, LABELS)
+    metrics = compute_metrics(log_probabilities, LABELS)
     assert metrics["test_calibration_error"] == pytest.approx(0.91 - 10 / 12)  # all are in one bin
 
 
 def test_a_bin_reaches_from_above_its_lower_to_its_upper_end() -> None:
-    rows = calibration(sure(0.59, 0.6, 0.601, 0.66), torch.zeros(4, dtype=torch.int64))
+    rows = calibration_bins(sure(0.59, 0.6, 0.601, 0.66), torch.zeros(4, dtype=torch.int64))
     assert [row["images"] for row in rows] == [2, 2]  # 8/15 to 9/15, and on to 10/15
 
 
 @pytest.mark.parametrize("right", [True, False])
 def test_a_probability_of_one_is_in_the_last_bin(right: bool) -> None:
-    rows = calibration(sure(1.0, 0.99), torch.tensor([0, 0]) if right else torch.tensor([1, 1]))
+    rows = calibration_bins(sure(1.0, 0.99), torch.tensor([0, 0]) if right else torch.tensor([1, 1]))
     assert rows == [{"images": 2, "confidence": pytest.approx(0.995), "accuracy": right}]
 
 
@@ -124,7 +126,7 @@ def test_the_network_is_scored_under_each_corruption(small_data: Path, params: P
     assert [(row["corruption"], row["family"]) for row in rows] == [(each.name, each.family) for each in CORRUPTIONS]
     for row, corruption in zip(rows, CORRUPTIONS, strict=True):
         images, labels = corruption.apply(digits).tensors(params.data, device)
-        metrics = measure(predict(model, images, 64), labels)
+        metrics = compute_metrics(predict(model, images, 64), labels)
         scores = ("accuracy", "loss", "calibration_error")
         assert [row[score] for score in scores] == [metrics[f"test_{score}"] for score in scores]
     assert len({row["loss"] for row in rows}) == len(rows)
@@ -147,14 +149,14 @@ def test_the_means_are_those_over_the_corruptions_of_a_family() -> None:
 
 
 def test_each_image_has_a_row_in_file_order(log_probabilities: Tensor) -> None:
-    rows = predictions(log_probabilities, LABELS)
+    rows = prediction_rows(log_probabilities, LABELS)
     assert [row["index"] for row in rows] == list(range(12))
     assert [row["label"] for row in rows] == LABELS.tolist()
     assert [row["prediction"] for row in rows] == PREDICTIONS
 
 
 def test_a_row_carries_the_probability_of_its_prediction(log_probabilities: Tensor) -> None:
-    assert predictions(log_probabilities, LABELS)[4] == {
+    assert prediction_rows(log_probabilities, LABELS)[4] == {
         "index": 4,
         "label": 4,
         "prediction": 9,

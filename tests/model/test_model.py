@@ -20,7 +20,7 @@ from mnist_pipeline.common.params import Params
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model, save_model
 from mnist_pipeline.model.network import Net, build_model, count_parameters
-from mnist_pipeline.report.architecture import Layer, describe
+from mnist_pipeline.report.architecture import Layer, list_layers
 
 PARAMETERS = {
     "conv1": 60,
@@ -46,7 +46,7 @@ def model(params: Params) -> Net:
 
 @pytest.fixture
 def layers(model: Net) -> dict[str, Layer]:
-    return {layer.name: layer for layer in describe(model)}
+    return {layer.name: layer for layer in list_layers(model)}
 
 
 @pytest.fixture
@@ -117,7 +117,7 @@ def test_the_last_convolution_sees_the_whole_image(layers: dict[str, Layer]) -> 
 
 def test_describing_leaves_the_network_as_it_was(model: Net) -> None:
     before = {name: tensor.clone() for name, tensor in model.train().state_dict().items()}
-    describe(model)
+    list_layers(model)
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 

@@ -11,9 +11,9 @@ from mnist_pipeline.common.files import write_csv, write_json, write_text
 from mnist_pipeline.common.params import Params, load_params
 from mnist_pipeline.data.digits import NO_DIGITS, Digits, load_digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
-from mnist_pipeline.evaluation.metrics import calibration, corrupted_accuracies, measure, predictions
+from mnist_pipeline.evaluation.metrics import calibration_bins, compute_metrics, corrupted_accuracies, prediction_rows
 from mnist_pipeline.model.network import Net, build_model
-from mnist_pipeline.report.architecture import Layer, describe
+from mnist_pipeline.report.architecture import Layer, list_layers
 from mnist_pipeline.report.chart_style import Chart
 from mnist_pipeline.report.document import draw_charts, render_report, write_figures
 from mnist_pipeline.report.page import render_page
@@ -75,12 +75,12 @@ class MadeUpRun:
             }
             for number, corruption in enumerate(CORRUPTIONS)
         ]
-        metrics = measure(found, labels, disputed) | corrupted_accuracies(robustness)
+        metrics = compute_metrics(found, labels, disputed) | corrupted_accuracies(robustness)
         metrics |= {"parameters": 19_210, "model_bytes": 81_432}
         write_csv(directory / "history.csv", history)
         write_json(directory / "metrics.json", metrics)
-        write_csv(directory / "predictions.csv", predictions(found, labels))
-        write_csv(directory / "calibration.csv", calibration(found, labels))
+        write_csv(directory / "predictions.csv", prediction_rows(found, labels))
+        write_csv(directory / "calibration.csv", calibration_bins(found, labels))
         write_csv(directory / "robustness.csv", robustness)
         seeds = [
             {
@@ -99,7 +99,7 @@ class MadeUpRun:
 
     @cached_property
     def layers(self) -> list[Layer]:
-        return describe(self.model)
+        return list_layers(self.model)
 
     @cached_property
     def charts(self) -> dict[str, Chart]:

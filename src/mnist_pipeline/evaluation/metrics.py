@@ -15,11 +15,11 @@ from mnist_pipeline.data.digits import CLASSES, Digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.model.inference import predict, score
 
-BINS = 15
+BIN_COUNT = 15
 SCORES = ("accuracy", "loss", "calibration_error")  # what is measured under each corruption
 
 
-def measure(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
+def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
     """Return loss (nats an image), accuracy and counts, over all images and for each class, and calibration error.
 
     `log_probabilities` are (N, 10), `labels` (N,) with some of each class. The images at the places `disputed` are left
@@ -34,20 +34,20 @@ def measure(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] =
         "test_undisputed_accuracy": right[undisputed].double().mean().item(),
         **{f"test_{name}": value for name, value in asdict(total).items()},
         "test_misclassified": total.total - total.correct,
-        "test_calibration_error": calibration_error(calibration(log_probabilities, labels)),
+        "test_calibration_error": calibration_error(calibration_bins(log_probabilities, labels)),
         "test_per_class_accuracy": {
             str(digit): right[labels == digit].double().mean().item() for digit in range(CLASSES)
         },
     }
 
 
-def calibration(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
+def calibration_bins(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
     """Return, for each bin of confidence that has images, how many, how sure the network was and how often right.
 
     The bins are fifteen of equal width between 0 and 1 (Guo et al., arXiv:1706.04599).
     """
     confidence, prediction = log_probabilities.double().exp().max(dim=1)
-    places = (confidence * BINS).ceil().clamp(1, BINS)
+    places = (confidence * BIN_COUNT).ceil().clamp(1, BIN_COUNT)
     return [
         {
             "images": int((members := places == place).sum()),
@@ -76,7 +76,7 @@ def measure_robustness(
         images, labels = corruption.apply(digits).tensors(normalization, device)
         log_probabilities = predict(model, images, batch_size)
         total = score(log_probabilities, labels)
-        error = calibration_error(calibration(log_probabilities, labels))
+        error = calibration_error(calibration_bins(log_probabilities, labels))
         found = dict(zip(SCORES, (total.accuracy, total.loss, error), strict=True))
         rows.append({"corruption": corruption.name, "family": corruption.family, **found})
     return rows
@@ -99,7 +99,7 @@ def corrupted_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def predictions(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, object]]:
+def prediction_rows(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, object]]:
     """Return a row for each image: its place in the test file, its label, the prediction and its probability."""
     probability, prediction = log_probabilities.exp().max(dim=1)
     rows = zip(labels.tolist(), prediction.tolist(), probability.tolist(), strict=True)

@@ -10,7 +10,7 @@ from mnist_pipeline.common.paths import MODEL, STUDIES
 from mnist_pipeline.experiments.places import open_place, workers
 from mnist_pipeline.experiments.recipes import overlay_of
 from mnist_pipeline.experiments.trial import VALIDATION_SIZE, Row, Trial, alone
-from mnist_pipeline.report.studies import MEASURES, VALIDATION, Study, read_rows
+from mnist_pipeline.report.studies import MEASURES, VALIDATION_SUFFIX, Study, read_study_rows
 from mnist_pipeline.tracking.provenance import trace
 from mnist_pipeline.tracking.training_run import close_lost_runs, study_run
 
@@ -28,10 +28,10 @@ def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> No
     One process a core, each of one thread: they do more than one process of several threads. With `ray` they run in
     the cluster at that address.
     """
-    table = STUDIES / f"{name}{VALIDATION if validation else ''}.csv"
+    table = STUDIES / f"{name}{VALIDATION_SUFFIX if validation else ''}.csv"
     stages = ["train"] if validation else ["train", "evaluate"]
     measures = ["monitor_accuracy"] if validation else MEASURES
-    known = {row["seed"]: row for row in read_rows(table)}
+    known = {row["seed"]: row for row in read_study_rows(table)}
     trials = {
         str(params.seed): params for params in plan(name, max(seeds, *(int(seed) + 1 for seed in known), 0), validation)
     }

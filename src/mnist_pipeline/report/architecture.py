@@ -29,7 +29,7 @@ class Layer:
     receptive_field: int
 
 
-def describe(model: nn.Module) -> list[Layer]:
+def list_layers(model: nn.Module) -> list[Layer]:
     """List the layers of a network, a sequence of blocks of layers, by passing an image through them one by one.
 
     The receptive field r and the distance j between neighbouring outputs, in pixels, grow layer by layer:
@@ -42,10 +42,10 @@ def describe(model: nn.Module) -> list[Layer]:
         for block_name, block in model.named_children():
             for name, module in block.named_children():
                 output = module(activation)
-                kernel = side(getattr(module, "kernel_size", None))
+                kernel = _square_side(getattr(module, "kernel_size", None))
                 if kernel:
                     receptive_field += (kernel - 1) * distance
-                    distance *= side(getattr(module, "stride", None)) or 1
+                    distance *= _square_side(getattr(module, "stride", None)) or 1
                 layers.append(
                     Layer(
                         block=block_name,
@@ -54,7 +54,7 @@ def describe(model: nn.Module) -> list[Layer]:
                         input_shape=tuple(activation.shape[1:]),
                         output_shape=tuple(output.shape[1:]),
                         kernel=kernel,
-                        padding=side(getattr(module, "padding", None)),
+                        padding=_square_side(getattr(module, "padding", None)),
                         parameters=sum(parameter.numel() for parameter in module.parameters()),
                         receptive_field=receptive_field,
                     )
@@ -63,12 +63,12 @@ def describe(model: nn.Module) -> list[Layer]:
     return layers
 
 
-def side(size: int | tuple[int, ...] | None) -> int | None:
+def _square_side(size: int | tuple[int, ...] | None) -> int | None:
     """Return the side of a square window that PyTorch gives as one number or as two equal ones."""
     return size[0] if isinstance(size, tuple) else size
 
 
-def steps_by_block(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
+def group_into_steps(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
     """Group the layers of each block into steps: a convolution or a pooling with the pointwise layers behind it."""
     blocks: dict[str, list[list[Layer]]] = {}
     for layer in layers:

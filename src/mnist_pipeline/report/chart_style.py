@@ -11,8 +11,9 @@ from mnist_pipeline.report.pictures import write_png
 
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
-WIDTH = 460  # pixels, of a PNG; on the page a chart is as wide as its place
-TRAIN, MONITOR, PUBLISHED, ERROR = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"  # seen on white and on black
+CHART_WIDTH = 460  # pixels, of a PNG; on the page a chart fills its column
+# Seen well on white and on black; of training, monitoring, the specification's figures, and mistakes.
+ORANGE, BLUE, GREY, RED = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"
 _FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
 _INK = "currentColor"  # the page's text colour, light or dark; black in a PNG
 

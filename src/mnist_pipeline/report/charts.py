@@ -10,7 +10,15 @@ import numpy as np
 from scipy.stats import binomtest
 
 from mnist_pipeline.data.digits import CLASSES
-from mnist_pipeline.report.chart_style import ERROR, MONITOR, PUBLISHED, TRAIN, WIDTH, Chart, style_chart
+from mnist_pipeline.report.chart_style import (
+    BLUE,
+    CHART_WIDTH,
+    GREY,
+    ORANGE,
+    RED,
+    Chart,
+    style_chart,
+)
 from mnist_pipeline.report.pictures import encode_png, enlarge
 
 _LOSS_TICKS = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # of a logarithmic axis
@@ -53,7 +61,7 @@ def draw_learning_curve(
     )
     shown = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
     pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
-    colours = alt.Scale(domain=list(names.values()), range=[TRAIN, MONITOR, PUBLISHED])
+    colours = alt.Scale(domain=list(names.values()), range=[ORANGE, BLUE, GREY])
     curves = (
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True, clip=True)
@@ -74,7 +82,7 @@ def draw_learning_curve(
     )
     drops = alt.Chart(alt.Data(values=steps)).mark_rule(strokeDash=[2, 3], opacity=0.4)
     drops = drops.encode(x=x, tooltip=[alt.Tooltip("step:N", title="learning rate")])
-    return style_chart(alt.layer(drops, curves, pointer).properties(width=WIDTH, height=280))
+    return style_chart(alt.layer(drops, curves, pointer).properties(width=CHART_WIDTH, height=280))
 
 
 def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
@@ -99,10 +107,10 @@ def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
     largest = max(int(errors.max()), 1)
     shade = alt.Opacity("errors:Q", scale=alt.Scale(domain=[0, largest], range=[0, 0.75]), legend=None)
     right = alt.condition("datum.label == datum.prediction", alt.value(0.6), alt.value(1.0))
-    colour = base.mark_rect(color=ERROR).encode(opacity=shade)
+    colour = base.mark_rect(color=RED).encode(opacity=shade)
     return style_chart(
         alt.layer(colour, base.mark_text().encode(text="text:N", opacity=right)).properties(
-            width=WIDTH, height=WIDTH - 60
+            width=CHART_WIDTH, height=CHART_WIDTH - 60
         )
     )
 
@@ -117,7 +125,7 @@ def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
     percent = alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1])
     unit = alt.Scale(domain=[0, 1])
     ideal = alt.Chart(alt.Data(values=[{"ideal": 0}, {"ideal": 1}])).mark_line(
-        strokeDash=[4, 3], color=PUBLISHED, strokeWidth=1
+        strokeDash=[4, 3], color=GREY, strokeWidth=1
     )
     ideal = ideal.encode(x=alt.X("ideal:Q", scale=unit), y=alt.Y("ideal:Q", scale=unit))
     base = alt.Chart(alt.Data(values=rows)).encode(
@@ -129,13 +137,13 @@ def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
         ],
     )
     intervals = base.mark_rule(opacity=0.4).encode(y="lowest:Q", y2="highest:Q")
-    bins = base.mark_circle(color=MONITOR, opacity=1).encode(
+    bins = base.mark_circle(color=BLUE, opacity=1).encode(
         y=alt.Y("accuracy:Q", title="accuracy", axis=percent, scale=unit),
         size=alt.Size(
             "images:Q", scale=alt.Scale(type="log", range=[20, 400]), legend=alt.Legend(title="images", tickCount=3)
         ),
     )
-    return style_chart(alt.layer(ideal, intervals, bins).properties(width=WIDTH, height=340))
+    return style_chart(alt.layer(ideal, intervals, bins).properties(width=CHART_WIDTH, height=340))
 
 
 def draw_robustness(
@@ -165,7 +173,7 @@ def draw_robustness(
         scale=alt.Scale(domain=[lowest, 1], range=[{"expr": f"{numbers} + 16"}, {"expr": "width"}], nice=False),
         axis=alt.Axis(title="accuracy", titleAnchor="end", format=".0%", values=ticks, domain=False),
     )
-    families = alt.Scale(domain=[rows[0]["family"], *means], range=[PUBLISHED, MONITOR, TRAIN])
+    families = alt.Scale(domain=[rows[0]["family"], *means], range=[GREY, BLUE, ORANGE])
     base = alt.Chart(alt.Data(values=data)).encode(
         y=y,
         tooltip=[
@@ -193,7 +201,7 @@ def draw_robustness(
         base.mark_circle(size=70, opacity=1).encode(x=x, color=colour),
         base.mark_text(align="right").encode(x=alt.value({"expr": numbers}), text=alt.Text("accuracy:Q", format=".2%")),
     ]
-    return style_chart(alt.layer(*layers).properties(width=WIDTH, height=_ROW_HEIGHT * len(shown)))
+    return style_chart(alt.layer(*layers).properties(width=CHART_WIDTH, height=_ROW_HEIGHT * len(shown)))
 
 
 def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) -> Chart:
@@ -208,12 +216,12 @@ def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) ->
     x = alt.X("accuracy:Q", title="test accuracy", scale=alt.Scale(domain=domain), axis=alt.Axis(format=".2%"))
     y = alt.Y("recipe:N", title=None, sort=list(accuracies))
     base = alt.Chart(alt.Data(values=points)).encode(y=y)
-    seeds = base.mark_circle(size=70, color=MONITOR, opacity=0.5).encode(
+    seeds = base.mark_circle(size=70, color=BLUE, opacity=0.5).encode(
         x=x, tooltip=["recipe:N", "seed:Q", alt.Tooltip("accuracy:Q", format=".2%")]
     )
-    means = base.mark_tick(thickness=3, size=28, color=ERROR).encode(
+    means = base.mark_tick(thickness=3, size=28, color=RED).encode(
         x=alt.X("mean(accuracy):Q"), tooltip=["recipe:N", alt.Tooltip("mean(accuracy):Q", format=".3%")]
     )
     line = alt.Chart(alt.Data(values=[{"accuracy": published, "text": "published"}])).encode(x=x)
-    layers = [line.mark_rule(strokeDash=[4, 3], color=PUBLISHED), seeds, means]
-    return style_chart(alt.layer(*layers).properties(width=WIDTH, height=44 * len(accuracies)))
+    layers = [line.mark_rule(strokeDash=[4, 3], color=GREY), seeds, means]
+    return style_chart(alt.layer(*layers).properties(width=CHART_WIDTH, height=44 * len(accuracies)))

@@ -8,7 +8,7 @@ from itertools import groupby, pairwise
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.report import published
 from mnist_pipeline.report.architecture import Layer
-from mnist_pipeline.report.results import Figures, Results
+from mnist_pipeline.report.results import ResultRow, Results
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Comparison:
     published: str
 
 
-def compare(results: Results, monitor_name: str) -> list[Comparison]:
+def compare_results(results: Results, monitor_name: str) -> list[Comparison]:
     """Set the main figures beside the specification's."""
     first, last = results.history[0], results.history[-1]
     best = max(results.history, key=lambda row: row["monitor_accuracy"])
@@ -56,7 +56,7 @@ def compare(results: Results, monitor_name: str) -> list[Comparison]:
     ]
 
 
-def compare_progress(history: Sequence[Figures]) -> list[Comparison]:
+def compare_progress(history: Sequence[ResultRow]) -> list[Comparison]:
     """Set how the monitor moved, over each stretch of one learning rate and overall, beside the published."""
     accuracies = [correct / published.TEST_IMAGES for correct in published.TEST_CORRECT]
     comparisons = []

@@ -13,9 +13,9 @@ from mnist_pipeline.common.params import Params, flatten
 from mnist_pipeline.data.digits import SIDE, Digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.disputed import disputed_images
-from mnist_pipeline.evaluation.metrics import BINS
+from mnist_pipeline.evaluation.metrics import BIN_COUNT
 from mnist_pipeline.report import published
-from mnist_pipeline.report.architecture import Layer, steps_by_block
+from mnist_pipeline.report.architecture import Layer, group_into_steps
 from mnist_pipeline.report.chart_style import Chart, write_chart
 from mnist_pipeline.report.charts import (
     draw_confusion_matrix,
@@ -24,11 +24,11 @@ from mnist_pipeline.report.charts import (
     draw_robustness,
     draw_studies,
 )
-from mnist_pipeline.report.comparison import check_requirements, compare, compare_progress
+from mnist_pipeline.report.comparison import check_requirements, compare_progress, compare_results
 from mnist_pipeline.report.network_charts import draw_filters, draw_network
 from mnist_pipeline.report.pictures import write_digit
-from mnist_pipeline.report.results import Figures, Results
-from mnist_pipeline.report.studies import tabulate
+from mnist_pipeline.report.results import ResultRow, Results
+from mnist_pipeline.report.studies import recipe_table
 
 EXAMPLES = 5  # test images that the chart of corruptions shows
 
@@ -51,7 +51,7 @@ def draw_charts(
             quantity: draw_learning_curve(results.history, quantity, params.data.monitor_name, values)
             for quantity, values in curves.items()
         },
-        "network": draw_network([step for steps in steps_by_block(layers).values() for step in steps]),
+        "network": draw_network([step for steps in group_into_steps(layers).values() for step in steps]),
         "filters": draw_filters(first.weight.detach().numpy()[:, 0]),
         "confusion_matrix": draw_confusion_matrix(results.confusion),
         "reliability": draw_reliability(results.calibration),
@@ -68,7 +68,7 @@ def write_figures(
     directory: Path,
     charts: Mapping[str, Chart],
     test: Digits,
-    misclassified: Sequence[Figures],
+    misclassified: Sequence[ResultRow],
 ) -> None:
     """Fill a directory with the charts and the misclassified digits as PNG files, in place of what it held."""
     shutil.rmtree(directory, ignore_errors=True)
@@ -106,14 +106,14 @@ def render_report(
         test=test,
         disputed=disputed_images(test),
         side=SIDE,
-        bins=BINS,
+        bins=BIN_COUNT,
         layers=layers,
-        blocks=steps_by_block(layers),
+        blocks=group_into_steps(layers),
         channels=[1, *(layer.output_shape[0] for layer in layers if layer.kind == "Conv2d")],
         results=results,
         monitor=params.data.monitor_name,
-        recipes=tabulate(results.studies),
-        comparisons=compare(results, params.data.monitor_name),
+        recipes=recipe_table(results.studies),
+        comparisons=compare_results(results, params.data.monitor_name),
         progress=compare_progress(results.history),
         requirements=check_requirements(params, layers, results, len(training), len(test)),
         confusions=[

@@ -8,7 +8,14 @@ import altair as alt
 import numpy as np
 
 from mnist_pipeline.report.architecture import Layer
-from mnist_pipeline.report.chart_style import ERROR, MONITOR, TRAIN, WIDTH, Chart, style_chart
+from mnist_pipeline.report.chart_style import (
+    BLUE,
+    CHART_WIDTH,
+    ORANGE,
+    RED,
+    Chart,
+    style_chart,
+)
 
 
 def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
@@ -51,7 +58,7 @@ def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
             x2="right:Q",
             y=alt.Y("top:Q", scale=y, axis=None),
             y2="bottom:Q",
-            color=alt.Color("kind:N", scale=alt.Scale(domain=["convolution", "pooling"], range=[MONITOR, TRAIN])),
+            color=alt.Color("kind:N", scale=alt.Scale(domain=["convolution", "pooling"], range=[BLUE, ORANGE])),
             tooltip=["name:N", "layers:N", "shape:N", "parameters:Q", alt.Tooltip("sees:N", title="receptive field")],
         )
     )
@@ -60,7 +67,7 @@ def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
         .mark_text(align="left", baseline="middle", lineBreak="\n")
         .encode(x=alt.XDatum(1.15 * widest), y="middle:Q", text="text:N")
     )
-    return style_chart(alt.layer(maps, words).properties(width=WIDTH, height=top + 12))
+    return style_chart(alt.layer(maps, words).properties(width=CHART_WIDTH, height=top + 12))
 
 
 def draw_filters(weights: np.ndarray) -> Chart:
@@ -89,10 +96,10 @@ def draw_filters(weights: np.ndarray) -> Chart:
             y2="below:Q",
             color=alt.Color(
                 "weight:Q",
-                scale=alt.Scale(domain=[-bound, 0, bound], range=[ERROR, "white", MONITOR], interpolate="rgb"),
+                scale=alt.Scale(domain=[-bound, 0, bound], range=[RED, "white", BLUE], interpolate="rgb"),
             ),
             tooltip=["filter:O", alt.Tooltip("weight:Q", format="+.3f")],
         )
     )
-    side = WIDTH / (columns * (width + 1) - 1)
-    return style_chart(chart.properties(width=WIDTH, height=side * (lines * (height + 1) - 1)))
+    side = CHART_WIDTH / (columns * (width + 1) - 1)
+    return style_chart(chart.properties(width=CHART_WIDTH, height=side * (lines * (height + 1) - 1)))

@@ -12,7 +12,7 @@ from mnist_pipeline.data.digits import CLASSES
 from mnist_pipeline.evaluation.metrics import SCORES, family_means
 from mnist_pipeline.report.studies import Study, load_studies
 
-Figures = dict[str, float]  # a row of a table, by column
+ResultRow = dict[str, float]  # a row of a table, by column
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class Results:
     `mnist study` the studies of recipes.
     """
 
-    history: list[Figures]
+    history: list[ResultRow]
     metrics: dict[str, Any]
-    predictions: list[Figures]
-    calibration: list[Figures]
+    predictions: list[ResultRow]
+    calibration: list[ResultRow]
     robustness: list[dict[str, Any]]
     studies: list[Study]
 
     @property
-    def misclassified(self) -> list[Figures]:
+    def misclassified(self) -> list[ResultRow]:
         """The wrong predictions, the most confident first."""
         wrong = [row for row in self.predictions if row["prediction"] != row["label"]]
         return sorted(wrong, key=lambda row: (-row["probability"], row["index"]))

@@ -11,7 +11,7 @@ from mnist_pipeline.common.files import read_table
 from mnist_pipeline.common.paths import STUDIES
 
 SPECIFICATION = "specification"  # the name of `params.yaml` as it is, among recipes
-VALIDATION = "-validation"  # ends the name of a table whose scores are those of held-out training images
+VALIDATION_SUFFIX = "-validation"  # ends the name of a table whose scores are those of held-out training images
 MEASURES = [  # what a study keeps of each seed's metrics
     "test_accuracy",
     "test_undisputed_accuracy",
@@ -56,15 +56,15 @@ class Study:
         )
 
 
-def read_rows(table: Path) -> list[dict[str, str]]:
+def read_study_rows(table: Path) -> list[dict[str, str]]:
     """Read a study's table as it is, nothing where there is none."""
     return read_table(table) if table.exists() else []
 
 
 def load_studies(directory: Path = STUDIES) -> list[Study]:
     """Return the studies that were tested, the specification's first."""
-    tables = [path for path in sorted(directory.glob("*.csv")) if not path.stem.endswith(VALIDATION)]
-    studies = [Study(path.stem, read_rows(path)) for path in tables]
+    tables = [path for path in sorted(directory.glob("*.csv")) if not path.stem.endswith(VALIDATION_SUFFIX)]
+    studies = [Study(path.stem, read_study_rows(path)) for path in tables]
     return sorted(studies, key=lambda study: study.name != SPECIFICATION)
 
 
@@ -90,7 +90,7 @@ def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -
     return float(found.pvalue)
 
 
-def tabulate(studies: Sequence[Study]) -> list[list[str]]:
+def recipe_table(studies: Sequence[Study]) -> list[list[str]]:
     """Return a table, its header first, of what studies found: means over the seeds, accuracies with their spread.
 
     The last column is `paired_p_value` against the specification's study, where there is one.

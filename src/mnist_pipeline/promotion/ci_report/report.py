@@ -43,11 +43,11 @@ from mnist_pipeline.common.paths import (
 from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.data.digits import CLASSES, load_digits
 from mnist_pipeline.promotion.gate import Verdict, judge, render_verdicts
-from mnist_pipeline.report.chart_style import MONITOR, PUBLISHED
+from mnist_pipeline.report.chart_style import BLUE, GREY
 from mnist_pipeline.report.pictures import enlarge, write_sheet
-from mnist_pipeline.report.results import Figures as Row
+from mnist_pipeline.report.results import ResultRow as Row
 from mnist_pipeline.report.results import Results, load_results
-from mnist_pipeline.report.studies import SPECIFICATION, read_rows
+from mnist_pipeline.report.studies import SPECIFICATION, read_study_rows
 from mnist_pipeline.tracking.provenance import git
 from mnist_pipeline.tracking.store import finished_runs
 
@@ -144,7 +144,7 @@ def write_ci_report(base: str, out: Path, log: Path | None = None, artifacts: st
             after,
             judge(),
             re.findall(r"^Running stage '([^']+)'", read_text(log), re.MULTILINE) if log else None,
-            read_rows(STUDY),
+            read_study_rows(STUDY),
             training_seconds(),
             artifacts,
         )
@@ -424,7 +424,7 @@ def draw_curves(quantity: str, found: Retraining) -> str:
     curves = [[scale * row[f"monitor_{quantity}"] for row in history] for history in histories]
     values = [value for curve in curves for value in curve]
     low, high = (math.floor(min(values)), 100) if quantity == "accuracy" else (0, math.ceil(100 * max(values)) / 100)
-    colours = ", ".join([PUBLISHED, MONITOR][-len(curves) :])
+    colours = ", ".join([GREY, BLUE][-len(curves) :])
     return "\n".join(
         [
             "```mermaid",
