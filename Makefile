@@ -63,12 +63,12 @@ ui: setup ## browse the runs in MLflow
 reproduce: setup ## train the committed commit again in a temporary clone and compare byte for byte
 	mnist reproduce
 
-bench: setup repro ## time an epoch beside the plain loop, measure memory: reports/bench.json (minutes)
-	mnist bench
+bench: setup repro ## measure what training costs: reports/bench.json (minutes; PARTS="epoch_seconds floor" for a part)
+	python -m benchmarks.bench $(PARTS)
 
 diff: setup repro ## train for five epochs and compare with the last commit: reports/diff.md (minutes)
 	dvc exp run --temp --force --name five-epochs --set-param train.epochs=5
 	{ dvc params diff --md HEAD five-epochs; dvc metrics diff --md --precision 4 HEAD five-epochs; } > reports/diff.md
 
-readme: setup ## carry the results of the last runs into README.md
-	mnist readme
+readme: setup ## carry the figures of the last runs into README.md and docs/
+	python -m benchmarks.pages

@@ -1,4 +1,4 @@
-"""What training, testing and the pipeline around them cost, side by side (`make bench`)."""
+"""Measure what training, testing and the pipeline around them cost: `python -m benchmarks.bench [PART...]`."""
 
 import json
 import os
@@ -13,68 +13,70 @@ from typing import Any
 
 import torch
 import yaml
-from mnist_pipeline.BENCH.scaling import processes_and_threads
-from mnist_pipeline.tracking.throughput import tracking_stores
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 from tqdm import tqdm
 
-from mnist_pipeline.common.errors import UserError
+from benchmarks.scaling import measure_processes_and_threads
+from benchmarks.tracking_stores import measure_tracking_stores
+from mnist_pipeline.common.errors import UserError, run
 from mnist_pipeline.common.files import read_text, write_json
 from mnist_pipeline.common.params import Params, load_params
-from mnist_pipeline.common.paths import ADDED, BENCH, MODEL, PARAMS, RAW
+from mnist_pipeline.common.paths import BENCH, PARAMS, RAW
 from mnist_pipeline.data.digits import load_digits
-from mnist_pipeline.data.training_set import load_training_data
-from mnist_pipeline.experiments.recipes import overlay_of
+from mnist_pipeline.experiments.recipes import find_recipe
 from mnist_pipeline.model.inference import predict, set_up_torch
 from mnist_pipeline.model.network import build_model
 from mnist_pipeline.tracking.provenance import clean_environment
 from mnist_pipeline.training.loop import start_training, train
 
 ROUNDS = 3
-FEW = 1000  # images, so that what is not training shows
-SOME = 10_000  # images, over which to see how cost grows
-COMPARED = ["specification", "fast"]  # recipes, of which a whole training is timed
+RECIPES = ["specification", "fast"]  # whose whole trainings are timed
 STAGES = ["download", "train", "evaluate", "report"]
+_GROWTH_IMAGES = 10_000
 
 
-def main(chosen: Sequence[str] = ()) -> None:
-    """Measure all parts, or some, what is compared in turn, A B A B, and write the seconds as they were.
+def measure(chosen: Sequence[str] = ()) -> None:
+    """Measure the chosen parts, or all, and write them to reports/bench.json, beside the parts measured earlier.
+
+    Whatever is compared runs in turn (A B A B), and each round's seconds are kept.
 
     Raises:
-        UserError: there is no such part, or a part needs what is absent.
+        UserError: there is no such part, or a file that a part needs is absent.
     """
     params = load_params()
     device = set_up_torch(params.threads)
     loops: dict[str, Callable[[], object]] = {
-        "pipeline": lambda: pipeline_epoch(params, device),
-        "pipeline in bfloat16": lambda: pipeline_epoch(with_train(params, precision="bfloat16"), device),
-        "eager": lambda: eager_epoch(params, device),
-        "plain": lambda: plain_epoch(params, device),
+        "pipeline": lambda: _pipeline_epoch(params, device),
+        "pipeline in bfloat16": lambda: _pipeline_epoch(_change_training(params, precision="bfloat16"), device),
+        "eager": lambda: _eager_epoch(params, device),
+        "plain": lambda: _plain_epoch(params, device),
     }
     parts: dict[str, Callable[[], Any]] = {
-        "epoch_seconds": lambda: in_turn("Epochs of all loops", loops),
-        "trainings": lambda: {name: whole_training(load_params(overlay=overlay_of(name)), device) for name in COMPARED},
-        "test_images_a_second": lambda: test_throughput(params, device),
-        "growth": lambda: growth(params, device),
-        "floor": lambda: floor(params, device),
-        "pipeline_seconds": lambda: in_turn("The pipeline's own overhead", overheads()),
-        "tracking_seconds": seconds_of_tracking,
-        "train_peak_memory_mb": lambda: peak_memory_of_training(params),
-        "scaling": lambda: processes_and_threads(params),
-        "stores": tracking_stores,
+        "epoch_seconds": lambda: _time_in_turn("Epochs of all loops", loops),
+        "trainings": lambda: {
+            name: _whole_training(load_params(overlay=find_recipe(name)), device) for name in RECIPES
+        },
+        "test_images_a_second": lambda: _test_images_a_second(params, device),
+        "growth": lambda: _growth(params, device),
+        "floor": lambda: _floor(params, device),
+        "pipeline_seconds": lambda: _time_in_turn("The pipeline's own overhead", _overheads()),
+        "tracking_seconds": _seconds_of_tracking,
+        "train_peak_memory_mb": lambda: _peak_memory_of_training(params),
+        "scaling": lambda: measure_processes_and_threads(params),
+        "stores": measure_tracking_stores,
     }
     if unknown := [name for name in chosen if name not in parts]:
         raise UserError(f"{unknown[0]} is no part of the bench: choose from {', '.join(parts)}")
-    kept = json.loads(read_text(BENCH)) if chosen else {}
-    write_json(BENCH, {**kept, **{name: parts[name]() for name in chosen or parts}})
-    print(f"{BENCH} is written: `make readme` carries it into the README")
+    earlier = json.loads(read_text(BENCH)) if chosen else {}
+    write_json(BENCH, {**earlier, **{name: parts[name]() for name in chosen or parts}})
+    print(f"{BENCH} is written: `make readme` carries it into README and docs")
 
 
-def in_turn(title: str, commands: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-    """Return the seconds of each command, run in turn as many times as there are rounds."""
+def _time_in_turn(title: str, commands: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+    """Run the commands in turn, `ROUNDS` times; return each command's seconds, round by round."""
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in tqdm(range(ROUNDS), desc=title, disable=None):
         for name, command in commands.items():
@@ -84,12 +86,11 @@ def in_turn(title: str, commands: dict[str, Callable[[], object]]) -> dict[str, 
     return seconds
 
 
-def with_train(params: Params, **changes: object) -> Params:
-    """Return the params with other values in their section `train`."""
+def _change_training(params: Params, **changes: object) -> Params:
     return params.model_copy(update={"train": params.train.model_copy(update=changes)})
 
 
-def pipeline_epoch(params: Params, device: torch.device) -> None:
+def _pipeline_epoch(params: Params, device: torch.device) -> None:
     """Load the data, train one epoch and score the test images with this project's loop."""
     training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
     model = build_model(params.model, params.seed).to(device)
@@ -97,8 +98,8 @@ def pipeline_epoch(params: Params, device: torch.device) -> None:
     list(train(start_training(model, one_epoch), training, test, one_epoch, params.seed))
 
 
-def eager_epoch(params: Params, device: torch.device) -> None:
-    """Do the same with nothing but torch: whole tensors, the optimizer, a mean of batch means."""
+def _eager_epoch(params: Params, device: torch.device) -> None:
+    """Do the same with torch alone: whole tensors, the optimizer, a mean of batch means."""
     (images, labels), test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
     model = build_model(params.model, params.seed).to(device)
     optimizer = torch.optim.Adam(model.parameters(), params.train.learning_rate, weight_decay=params.train.weight_decay)
@@ -110,7 +111,7 @@ def eager_epoch(params: Params, device: torch.device) -> None:
     predict(model, test[0], params.evaluate.batch_size)
 
 
-def plain_epoch(params: Params, device: torch.device) -> None:
+def _plain_epoch(params: Params, device: torch.device) -> None:
     """Do the same the plain way: a DataLoader that applies torchvision's transforms image by image."""
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((params.data.mean,), (params.data.std,))]
@@ -132,8 +133,8 @@ def plain_epoch(params: Params, device: torch.device) -> None:
             F.nll_loss(model(images.to(device)), labels.to(device), reduction="sum").item()
 
 
-def whole_training(params: Params, device: torch.device) -> dict[str, Any]:
-    """Train by a recipe to its end; return the seconds and the test accuracy after each epoch."""
+def _whole_training(params: Params, device: torch.device) -> dict[str, Any]:
+    """Train to the end; return the seconds and the test accuracy after each epoch."""
     training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
     start = time.perf_counter()
     run = start_training(build_model(params.model, params.seed).to(device), params.train)
@@ -146,22 +147,22 @@ def whole_training(params: Params, device: torch.device) -> dict[str, Any]:
     return {"seconds": epochs[-1]["seconds"], "epochs": epochs}
 
 
-def test_throughput(params: Params, device: torch.device) -> float:
-    """Return how many test images pass through the network in a second, the best of several times."""
+def _test_images_a_second(params: Params, device: torch.device) -> float:
+    """Return how many test images the network reads in a second, in the best of `ROUNDS` rounds."""
     images, _ = load_digits(RAW, "test").tensors(params.data, device)
     model = build_model(params.model, params.seed).to(device)
-    seconds = in_turn("Testing", {"test": lambda: predict(model, images, params.evaluate.batch_size)})["test"]
+    seconds = _time_in_turn("Testing", {"test": lambda: predict(model, images, params.evaluate.batch_size)})["test"]
     return len(images) / min(seconds)
 
 
-def growth(params: Params, device: torch.device) -> dict[str, dict[str, float]]:
-    """Return the seconds of an epoch on some images, and on others, with other batches and other widths."""
+def _growth(params: Params, device: torch.device) -> dict[str, dict[str, float]]:
+    """Return the seconds of an epoch as the number of images, the batch size and the network's widths change."""
 
-    def seconds(images: int = SOME, batch_size: int = params.train.batch_size, widths: float = 1) -> float:
+    def seconds(images: int = _GROWTH_IMAGES, batch_size: int = params.train.batch_size, widths: float = 1) -> float:
         model_params = params.model.model_copy(
             update={"channels": [round(widths * channels) for channels in params.model.channels]}
         )
-        one_epoch = with_train(params, epochs=1, batch_size=batch_size).train
+        one_epoch = _change_training(params, epochs=1, batch_size=batch_size).train
         digits = load_digits(RAW, "train")[:images].tensors(params.data, device)
         model = build_model(model_params.model_copy(update={"parameter_budget": 1_000_000}), params.seed).to(device)
         training = start_training(model, one_epoch)
@@ -169,15 +170,17 @@ def growth(params: Params, device: torch.device) -> dict[str, dict[str, float]]:
         list(train(training, digits, (digits[0][:1], digits[1][:1]), one_epoch, params.seed))
         return time.perf_counter() - start
 
-    seconds(FEW)  # warms up
+    seconds(1000)  # warms up
     return {
-        "images": {f"{images:,}": seconds(images) for images in (SOME // 4, SOME // 2, SOME)},
+        "images": {
+            f"{images:,}": seconds(images) for images in (_GROWTH_IMAGES // 4, _GROWTH_IMAGES // 2, _GROWTH_IMAGES)
+        },
         "batch": {str(size): seconds(batch_size=size) for size in (32, 64, 128, 256, 512)},
         "widths": {f"×{widths:g}": seconds(widths=widths) for widths in (0.5, 1, 2, 4)},
     }
 
 
-def floor(params: Params, device: torch.device) -> dict[str, float]:
+def _floor(params: Params, device: torch.device) -> dict[str, float]:
     """Return the arithmetic of an epoch and how fast the processor multiplies large matrices, in operations a second.
 
     An operation is an addition or a multiplication; a backward pass counts as torch counts it.
@@ -187,7 +190,7 @@ def floor(params: Params, device: torch.device) -> dict[str, float]:
     with FlopCounterMode(display=False) as counter:
         model(batch).sum().backward()
     matrix = torch.ones(2048, 2048, device=device)
-    seconds = in_turn("Multiplying", {"product": lambda: matrix.matmul(matrix).sum().item()})["product"]
+    seconds = _time_in_turn("Multiplying", {"product": lambda: matrix.matmul(matrix).sum().item()})["product"]
     images = len(load_digits(RAW, "train"))
     return {
         "epoch_operations": counter.get_total_flops() / len(batch) * images,
@@ -195,67 +198,40 @@ def floor(params: Params, device: torch.device) -> dict[str, float]:
     }
 
 
-def overheads() -> dict[str, Callable[[], object]]:
-    """Return what surrounds a training, to be timed: the start-up of each stage, and a repro with nothing to do."""
+def _overheads() -> dict[str, Callable[[], object]]:
+    """Return the commands that start each stage without its work, and a `dvc repro` that has nothing to do."""
 
-    def run(*command: str) -> Callable[[], object]:
+    def launch(*command: str) -> Callable[[], object]:
         environment = clean_environment() | {"PYTHONPATH": "src"}
         return lambda: subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
 
-    imported = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='imported')"  # all that comes before `main`
+    start = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='started')"  # everything but `main`
     return {
-        **{stage: run(sys.executable, "-c", imported, f"stages/{stage}.py") for stage in STAGES},
-        "dvc repro": run("dvc", "repro", "--quiet"),
+        **{stage: launch(sys.executable, "-c", start, f"stages/{stage}.py") for stage in STAGES},
+        "dvc repro": launch("dvc", "repro", "--quiet"),
     }
 
 
-def seconds_of_tracking() -> list[float]:
-    """Run trainings of few images with tracking and checkpoints and without, in turn; return the differences.
+def _seconds_of_tracking() -> list[float]:
+    """Train on few images with tracking and checkpoints and without, in turn; return the differences.
 
-    Each is a process of its own with a new database: to import MLflow and to make the tables counts.
+    Each training is a process of its own with a new database: importing MLflow and making the tables counts, too.
     """
     differences = []
-    for _ in tqdm(range(ROUNDS), desc="Trainings with tracking and without", disable=None):
+    for _ in tqdm(range(ROUNDS), desc="Trainings with and without tracking", disable=None):
         seconds = []
-        for tracked in (True, False):
+        for options in ([], ["--untracked"]):
             with tempfile.TemporaryDirectory() as root:
                 start = time.perf_counter()
-                subprocess.run(
-                    [sys.executable, "-c", f"from mnist_pipeline.bench import train_on_few as f; f({tracked})"],
-                    env=clean_environment() | {"DVC_ROOT": root},
-                    check=True,
-                )
+                command = [sys.executable, "-m", "benchmarks.tracked_training", *options]
+                subprocess.run(command, env=clean_environment() | {"DVC_ROOT": root}, check=True)
                 seconds.append(time.perf_counter() - start)
         differences.append(seconds[0] - seconds[1])
     return differences
 
 
-def train_on_few(tracked: bool) -> None:
-    """Do what the train stage does, on few images; the model that it logs is the one that is there."""
-    params = load_params()
-    device = set_up_torch(params.threads)
-    parts = {use: part[:FEW] for use, part in load_training_data(RAW, ADDED, params.data, params.seed).items()}
-    digits, monitor = (part.tensors(params.data, device) for part in parts.values())
-    training = start_training(build_model(params.model, params.seed).to(device), params.train)
-    epochs = train(training, digits, monitor, params.train, params.seed)
-    if not tracked:
-        list(epochs)
-        return
-    from mnist_pipeline.tracking.provenance import trace
-    from mnist_pipeline.tracking.training_run import training_run
-    from mnist_pipeline.training.checkpoint import Checkpoint
-
-    provenance = trace("train")
-    checkpoint = Checkpoint(provenance.fingerprint)
-    with training_run(provenance, parts, training, None) as run:
-        for result in epochs:
-            checkpoint.save(training, run.id)
-            run.log_epoch(result)
-        run.log_model(training.model, MODEL, example=monitor[0][:2])
-
-
-def peak_memory_of_training(params: Params) -> float:
-    """Run the train stage for one epoch in a temporary directory; return its largest resident memory in MB (10⁶)."""
+def _peak_memory_of_training(params: Params) -> float:
+    """Run the train stage for one epoch in a temporary copy; return its largest resident memory in MB (10⁶)."""
     with tempfile.TemporaryDirectory() as root:
         unneeded = shutil.ignore_patterns(".*", "mlflow.db", "mlartifacts")
         shutil.copytree(".", root, ignore=unneeded, dirs_exist_ok=True)
@@ -274,3 +250,7 @@ def peak_memory_of_training(params: Params) -> float:
         raise UserError("the train stage failed: run `dvc repro train` to see why")
     # Linux counts in KiB, macOS in bytes (getrusage(2)).
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+if __name__ == "__main__":
+    run(lambda: measure(sys.argv[1:]))

@@ -1,4 +1,7 @@
-"""Carry the figures of the last runs into README and docs, between comments that mark their places (`make readme`)."""
+"""Carry the figures of the last runs into README.md and docs/*.md: `python -m benchmarks.pages`.
+
+A page marks the place of each part with two comments: `<!-- name -->` and `<!-- /name -->`.
+"""
 
 import json
 import math
@@ -6,46 +9,45 @@ import re
 import statistics
 import textwrap
 from pathlib import Path
+from typing import Any
 
-from mnist_pipeline.common.files import read_table, read_text, write_text
+from mnist_pipeline.common.errors import run
+from mnist_pipeline.common.files import read_text, write_text
 from mnist_pipeline.common.params import load_params
-from mnist_pipeline.common.paths import (
-    BENCH,
-    CALIBRATION,
-    DIFF,
-    DROPOUT,
-    HISTORY,
-    METRICS,
-    PREDICTIONS,
-    README,
-    ROBUSTNESS,
-    STUDIES,
-)
+from mnist_pipeline.common.paths import BENCH, CALIBRATION, DIFF, HISTORY, METRICS, PREDICTIONS, ROBUSTNESS, STUDIES
+from mnist_pipeline.common.tables import markdown_table
+from mnist_pipeline.report import published
 from mnist_pipeline.report.comparison import compare_results
 from mnist_pipeline.report.results import load_results
 from mnist_pipeline.report.studies import load_studies, recipe_table
 
-SCALING = Path("docs/scaling.md")
-NORMALIZATIONS = 6  # in the network
+_NORMALIZATIONS = 6  # in the network
+_CORES = 2  # of each machine of a sweep
 
 
 def main() -> None:
-    """Renew every marked part of the pages that have some."""
-    for page in (README, SCALING):
-        write_text(page, renew(read_text(page)))
+    """Renew the marked parts of all pages."""
+    for page in (Path("README.md"), *sorted(Path("docs").glob("*.md"))):
+        text = read_text(page)
+        if (renewed := renew(text)) != text:
+            write_text(page, renewed)
+            print(f"{page} is renewed")
 
 
 def renew(page: str) -> str:
-    """Return a page with the text between `<!-- name -->` and `<!-- /name -->` made again from the reports."""
+    """Return the text of a page with every marked part made again from reports/.
+
+    Raises:
+        UserError: a file of reports/ that a part needs is absent.
+    """
     for name, part in {
-        "results": results,
-        "recipes": recipes,
-        "diff": diff,
-        "dropout": dropout,
-        "bench": bench,
-        "processes": processes,
-        "sweeps": sweeps,
-        "stores": stores,
+        "results": _results,
+        "recipes": _recipes,
+        "diff": _diff,
+        "bench": _bench,
+        "processes": _processes,
+        "sweeps": _sweeps,
+        "stores": _stores,
     }.items():
         page = re.sub(
             f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
@@ -56,165 +58,140 @@ def renew(page: str) -> str:
     return page
 
 
-def results() -> str:
-    """The main figures of the committed run beside the specification's, and how far they can be told apart."""
+def _results() -> str:
+    """Set the main figures of the committed run beside the specification's, and say how precise they are."""
     found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
     rows = compare_results(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)
-    return (
-        table(["", "this repository", "specification"], [[row.name, row.ours, row.published] for row in rows])
-        + f"\n\nAn accuracy of {accuracy:.2%} on {images:,} images has a standard error of {100 * error:.2f} points: "
-        + f"two single runs\nless than {200 * math.sqrt(2) * error:.2f} points apart cannot be told apart."
+    text = (
+        f"An accuracy of {accuracy:.2%} on {images:,} images has a standard error of {100 * error:.2f} points. "
+        f"If two single runs differ by less than {200 * math.sqrt(2) * error:.2f} points, it may be chance."
     )
+    table = markdown_table(
+        ["", "this repository", "specification"], [[row.name, row.ours, row.published] for row in rows]
+    )
+    return f"{table}\n\n{_wrap(text)}"
 
 
-def recipes() -> str:
-    """What the studies of recipes found."""
+def _recipes() -> str:
     header, *rows = recipe_table(load_studies())
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
-def diff() -> str:
-    """What DVC says of a shorter training beside the committed one."""
+def _diff() -> str:
     return read_text(DIFF).strip()
 
 
-def dropout() -> str:
-    """Both kinds of dropout: each seed's accuracies, and their means."""
-    rows = read_table(DROPOUT)
-    lines = []
-    for kind in sorted({row["dropout_kind"] for row in rows}, reverse=True):
-        chosen = [row for row in rows if row["dropout_kind"] == kind]
-        cells = [kind, ", ".join(row["seed"] for row in chosen)]
-        for part in ("validation", "test"):
-            accuracies = [float(row[f"{part}_accuracy"]) for row in chosen]
-            losses = [float(row[f"{part}_loss"]) for row in chosen]
-            cells.append(", ".join(f"{accuracy:.2%}" for accuracy in accuracies))
-            cells.append(f"**{statistics.mean(accuracies):.2%}**, loss **{statistics.mean(losses):.4f}**")
-        lines.append(cells)
-    best = max(rows, key=lambda row: mean_validation(rows, row["dropout_kind"]))["dropout_kind"]
-    return (
-        table(["dropout", "seeds", "validation accuracy", "mean", "test accuracy", "mean"], lines)
-        + f"\n\nValidation chooses `{best}`; `params.yaml` has `{load_params().model.dropout_kind}`."
-    )
-
-
-def mean_validation(rows: list[dict[str, str]], kind: str) -> float:
-    """Return the mean validation accuracy of a kind of dropout."""
-    return statistics.mean(float(row["validation_accuracy"]) for row in rows if row["dropout_kind"] == kind)
-
-
-def bench() -> str:
-    """What training, testing and the pipeline around them cost, in ratios where they can be had."""
-    measured = json.loads(read_text(BENCH))
-    epochs = {name: statistics.median(seconds) for name, seconds in measured["epoch_seconds"].items()}
-    of_plain = {name: ratios(measured["epoch_seconds"], name, "plain") for name in epochs}
-    rows = [
-        [f"An epoch: {name}", f"{seconds:.1f} s", f"{statistics.median(of_plain[name]):.2f}", spread(of_plain[name])]
-        for name, seconds in epochs.items()
-    ]
+def _bench() -> str:
+    """Say what training, testing and the pipeline around them cost, as ratios where possible."""
+    measured = _measured()
+    seconds_of = measured["epoch_seconds"]
+    epochs = {name: statistics.median(seconds) for name, seconds in seconds_of.items()}
     trainings = {name: training["seconds"] for name, training in measured["trainings"].items()}
+    rows = []
+    for name, seconds in epochs.items():
+        ratios = [ours / plain for ours, plain in zip(seconds_of[name], seconds_of["plain"], strict=True)]
+        rows.append([f"An epoch: {name}", f"{seconds:.1f} s", f"{statistics.median(ratios):.2f}", _spread(ratios)])
     rows += [[f"A training: {name}", f"{seconds:.0f} s", "", ""] for name, seconds in trainings.items()]
-    rows += [
-        [f"Start-up of {name}" if name != "dvc repro" else "`dvc repro`, nothing to do", f"{seconds:.1f} s", "", ""]
-        for name, seconds in (
-            (name, statistics.median(rounds)) for name, rounds in measured["pipeline_seconds"].items()
-        )
-    ]
-    floor = measured["floor"]["epoch_operations"] / measured["floor"]["operations_a_second"]
+    for name, rounds in measured["pipeline_seconds"].items():
+        label = "`dvc repro` with nothing to do" if name == "dvc repro" else f"Start-up of {name}"
+        rows.append([label, f"{statistics.median(rounds):.1f} s", "", ""])
+    operations = measured["floor"]["epoch_operations"]
+    floor = operations / measured["floor"]["operations_a_second"]
     tracking = statistics.median(measured["tracking_seconds"]) / trainings["specification"]
-    reached = {name: reaching(training["epochs"]) for name, training in measured["trainings"].items()}
-    growth = [
-        f"by {what}: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in found.items())
+    growth = {
+        what: ", ".join(f"{value}: {seconds:.1f} s" for value, seconds in found.items())
         for what, found in measured["growth"].items()
-    ]
+    }
     sentences = [
         f"*fast* takes **{trainings['fast'] / trainings['specification']:.2f}** of the specification's time.",
-        *(f"Of seed 0, {name} {when}." for name, when in reached.items()),
-        f"An epoch is {measured['floor']['epoch_operations'] / 1e12:.2f}·10¹² operations, which this processor does in "
-        f"{floor:.1f} s where it multiplies large matrices: the floor is {floor / epochs['pipeline']:.2f} of an epoch.",
-        f"{measured['test_images_a_second']:,.0f} test images pass in a second.",
-        f"Tracking and checkpoints add **{tracking:.1%}** to a training, a new database included.",
-        f"The train stage peaks at **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory.",
-        f"An epoch of 10,000 images costs, {'; '.join(growth)}.",
+        *(f"With seed 0, {name} {_reach(training['epochs'])}." for name, training in measured["trainings"].items()),
+        f"An epoch is {operations / 1e12:.2f}·10¹² operations. If this processor did them as fast as it multiplies "
+        f"large matrices, they would take {floor:.1f} s: {floor / epochs['pipeline']:.2f} of an epoch.",
+        f"The network reads {measured['test_images_a_second']:,.0f} test images a second.",
+        f"Tracking and checkpoints add **{tracking:.1%}** to a training, including a new database.",
+        f"The train stage needs **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory at its peak.",
+        f"An epoch on part of the images, by their number: {growth['images']}. On 10,000 images, by batch size: "
+        f"{growth['batch']}; by width of the layers: {growth['widths']}.",
     ]
-    text = textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False)
-    return table(["", "median", "of the plain loop", "rounds in turn"], rows) + "\n\n" + text
+    table = markdown_table(["", "median", "relative to the plain loop", "lowest to highest round"], rows)
+    return f"{table}\n\n{_wrap(' '.join(sentences))}"
 
 
-def processes() -> str:
-    """How fast several processes train, and from where on more of them do not pay."""
-    measured = json.loads(read_text(BENCH))["scaling"]
+def _processes() -> str:
+    """Say how fast several processes train, and how many are worth it."""
+    measured = _measured()["scaling"]
     rates = measured["images_a_second"]
     one, *_ = rates
-    of_one = {layout: [rate / alone for rate, alone in zip(rates[layout], rates[one], strict=True)] for layout in rates}
-    rows = [
-        [layout, f"{statistics.median(rates[layout]):,.0f}", f"{statistics.median(found):.2f}", spread(found)]
-        for layout, found in of_one.items()
-    ]
-    params = load_params()
-    image = 1 / statistics.median(rates[one])
+    rows = []
+    for layout in rates:
+        ratios = [rate / alone for rate, alone in zip(rates[layout], rates[one], strict=True)]
+        median = f"{statistics.median(rates[layout]):,.0f}"
+        rows.append([layout, median, f"{statistics.median(ratios):.2f}", _spread(ratios)])
+    batch = load_params().train.batch_size
+    step = batch / statistics.median(rates[one])
+    sums = 2 * _NORMALIZATIONS
     gradient, statistic = (measured["seconds_of_a_sum"][kind] for kind in ("gradient", "statistics"))
-    exchange = gradient + 2 * NORMALIZATIONS * statistic
-    step = params.train.batch_size * image
-    dearer = measured["seconds_of_a_step"]["in a group"] / measured["seconds_of_a_step"]["alone"]
-    sums, wait, work = 2 * NORMALIZATIONS, 1000 * exchange, 1000 * step
+    exchange = gradient + sums * statistic
+    longer = measured["seconds_of_a_step"]["in a group"] / measured["seconds_of_a_step"]["alone"]
     text = (
-        f"A sum over two processes takes {1000 * gradient:.2f} ms for all gradients and {1000 * statistic:.2f} ms for "
-        f"the statistics of a normalisation. A step needs one of the first and {sums} of the second, forward and "
-        f"backward: {wait:.1f} ms, beside {work:.0f} ms of arithmetic for a batch of {params.train.batch_size} on one "
-        f"core. The group's own normalisation and dropout, of several operations each where torch's are one, make the "
-        f"arithmetic {dearer:.2f} times as long. So with a whole core for each, a step on N of them takes about "
-        f"{dearer * work:.0f}/N + {wait:.1f} ms: two are {step / (dearer * step / 2 + exchange):.1f} times as fast as "
-        f"one alone, with {max(1, round(dearer * step / exchange))} half of a step is waiting, and no number of them "
-        f"is more than {step / exchange:.0f} times as fast."
+        f"With two processes, the sum of all gradients takes {1000 * gradient:.2f} ms and the sum of the statistics of "
+        f"one normalisation {1000 * statistic:.2f} ms. A step needs one of the first and {sums} of the second, forward "
+        f"and backward: {1000 * exchange:.1f} ms, beside {1000 * step:.0f} ms of arithmetic for a batch of {batch} on "
+        "one core. The group's own normalisation and dropout need several operations where torch's need one, which "
+        f"makes the arithmetic {longer:.2f} times as long. So if each of N processes has a whole core, a step takes "
+        f"about {1000 * longer * step:.0f}/N + {1000 * exchange:.1f} ms: two processes are "
+        f"{step / (longer * step / 2 + exchange):.1f} times as fast as one; with "
+        f"{max(1, round(longer * step / exchange))}, half of each step is waiting; no number of processes is more than "
+        f"{step / exchange:.0f} times as fast as one."
     )
-    header = ["", "images a second", "of one process of one thread", "rounds in turn"]
-    return table(header, rows) + "\n\n" + textwrap.fill(text, 120, break_on_hyphens=False)
+    header = ["", "images a second", "relative to one process of one thread", "lowest to highest round"]
+    return f"{markdown_table(header, rows)}\n\n{_wrap(text)}"
 
 
-def sweeps() -> str:
-    """What a sweep of a thousand trials takes, by the trainings of the studies."""
-    trials, cores = 1000, 2
+def _sweeps() -> str:
+    """Compute from the studies' trainings what a sweep of a thousand trials takes."""
+    trials = 1000
     rows = []
     for study in load_studies():
         seconds = study.mean("seconds")
-        hours = [trials * seconds / (cores * machines) / 3600 for machines in (1, 10, 100)]
-        epochs = cores * 100 * study.mean("epochs") / seconds
+        hours = [trials * seconds / (_CORES * machines) / 3600 for machines in (1, 10, 100)]
+        epochs = _CORES * 100 * study.mean("epochs") / seconds
         rows.append([study.name, f"{seconds / 60:.1f}", *(f"{each:,.1f}" for each in hours), f"{epochs:.0f}"])
     header = ["trials like", "minutes a trial", "hours on 1 machine", "on 10", "on 100", "epochs a second on 100"]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
-def stores() -> str:
-    """What tracking stores bear, in calls one after the other."""
-    measured = json.loads(read_text(BENCH))["stores"]
+def _stores() -> str:
+    """Say how many calls a second tracking stores answer, one after the other."""
+    measured = _measured()["stores"]
     kinds = list(next(iter(measured.values())))
     rows = [[store, *(f"{found[kind]:,.0f}" for kind in kinds)] for store, found in measured.items()]
-    return table(["a second", *kinds], rows)
+    return markdown_table(["a second", *kinds], rows)
 
 
-def ratios(seconds: dict[str, list[float]], name: str, other: str) -> list[float]:
-    """Return, round by round, what share one takes of another's time."""
-    return [ours / theirs for ours, theirs in zip(seconds[name], seconds[other], strict=True)]
+def _measured() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(read_text(BENCH))
+    return found
 
 
-def spread(values: list[float]) -> str:
-    """Say between what values some lie."""
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 120, break_on_hyphens=False)
+
+
+def _spread(values: list[float]) -> str:
     return f"{min(values):.2f} to {max(values):.2f}"
 
 
-def reaching(epochs: list[dict[str, float]]) -> str:
+def _reach(epochs: list[dict[str, float]]) -> str:
     """Say when a training was as accurate as what the specification published."""
-    published = specification.TEST_CORRECT[-1] / specification.TEST_IMAGES
+    target = published.TEST_CORRECT[-1] / published.TEST_IMAGES
     for number, epoch in enumerate(epochs, 1):
-        if epoch["accuracy"] >= published:
-            return f"reached {published:.2%} after epoch {number} and {epoch['seconds']:.0f} s"
-    return f"did not reach {published:.2%} and ended at {epochs[-1]['accuracy']:.2%}"
+        if epoch["accuracy"] >= target:
+            return f"reached {target:.2%} after epoch {number} ({epoch['seconds']:.0f} s)"
+    return f"did not reach {target:.2%} and ended at {epochs[-1]['accuracy']:.2%}"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Format a Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+if __name__ == "__main__":
+    run(main)

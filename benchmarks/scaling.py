@@ -1,105 +1,120 @@
-"""What one training gains from several processes (`make bench`): the figures behind docs/scaling.md."""
+"""Measure what one training gains from several processes: the figures of docs/many-machines.md."""
 
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
-from mnist_pipeline.common.files import read_text, write_text
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.common.paths import RAW
 from mnist_pipeline.data.digits import SIDE, load_digits
 from mnist_pipeline.model.inference import set_up_torch
 from mnist_pipeline.model.network import build_model
-from mnist_pipeline.training.distributed.group import BatchNorm, Dropout, Group
-from mnist_pipeline.training.distributed.launch import join, launch
-from mnist_pipeline.training.loop import start_training, train
+from mnist_pipeline.training.distributed.group import BatchNorm, Dropout, Group, train_in_group
+from mnist_pipeline.training.distributed.launch import join_group
+from mnist_pipeline.training.loop import TrainingLoop, start_training, train
 
 ROUNDS = 3
-SOME = 10_000  # images
-SUMS = 200  # of a kind, whose median counts
-STEPS = 20  # of a kind, likewise
-LAYOUTS = {"1 process of 1 thread": (1, 1), "2 processes of 1 thread": (2, 1), "1 process of 2 threads": (1, 2)}
+SUMS = 200  # of each size; their median counts
+STEPS = 20  # of each model, likewise
+_IMAGES = 10_000
+_LAYOUTS = {"1 process of 1 thread": (1, 1), "2 processes of 1 thread": (2, 1), "1 process of 2 threads": (1, 2)}
 
 
-def processes_and_threads(params: Params) -> dict[str, Any]:
-    """Return the images a second of a training in each layout, round by round, and the seconds of a sum in two."""
-    found: dict[str, Any] = {"images_a_second": {layout: [] for layout in LAYOUTS}}
-    with tempfile.TemporaryDirectory() as temporary:
-        report = Path(temporary) / "seconds"
-        for _ in tqdm(range(ROUNDS), desc="Processes and threads", disable=None):
-            for layout, (processes, threads) in LAYOUTS.items():
-                changed = params.model_copy(
-                    update={"threads": threads, "train": params.train.model_copy(update={"processes": processes})}
-                )
-                launch(partial(train_some, report), changed)
-                found["images_a_second"][layout].append(SOME / float(read_text(report)))
-        changed = params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 2})})
-        launch(partial(sum_often, report), changed)
-        gradient, statistic = map(float, read_text(report).split())
-    found["seconds_of_a_sum"] = {"gradient": gradient, "statistics": statistic}
-    found["seconds_of_a_step"] = dict(zip(("alone", "in a group"), seconds_of_a_step(params), strict=True))
+def measure_processes_and_threads(params: Params) -> dict[str, Any]:
+    """Return each layout's images a second, round by round, and the seconds of the sums and steps of a group."""
+    rates: dict[str, list[float]] = {layout: [] for layout in _LAYOUTS}
+    for _ in tqdm(range(ROUNDS), desc="Processes and threads", disable=None):
+        for layout, (processes, threads) in _LAYOUTS.items():
+            changed = params.model_copy(update={"threads": threads})
+            if processes == 1:
+                rates[layout].append(_images_a_second(changed, set_up_torch(threads), train))
+            else:
+                rates[layout].append(_run_in_group(processes, _images_a_second_in_group, changed))
+    found = {
+        "images_a_second": rates,
+        "seconds_of_a_sum": _run_in_group(2, _seconds_of_sums, params),
+        "seconds_of_a_step": _seconds_of_steps(params),
+    }
     set_up_torch(params.threads)
     return found
 
 
-def train_some(report: Path, params: Params) -> None:
-    """Train on some images for two epochs, as a process of a group, and report the seconds of the second."""
-    with join(params.threads) as group:
-        digits = load_digits(RAW, "train")[:SOME].tensors(params.data, group.device)
-        two_epochs = params.train.model_copy(update={"epochs": 2})
-        training = start_training(build_model(params.model, params.seed).to(group.device), two_epochs, group)
-        epochs = train(training, digits, (digits[0][:1], digits[1][:1]), two_epochs, params.seed)
-        next(epochs)
-        start = time.perf_counter()
-        next(epochs)
-        if group.leads:
-            write_text(report, str(time.perf_counter() - start))
-
-
-def sum_often(report: Path, params: Params) -> None:
-    """Report how long a group takes to add up all gradients, and the statistics of the widest normalisation."""
-    with join(params.threads) as group:
-        sizes = (
-            sum(weights.numel() for weights in build_model(params.model, 0).parameters()),
-            2 * max(params.model.channels),
+def _run_in_group(processes: int, work: Callable[[Params], Any], params: Params) -> Any:
+    """Run `work` in several processes that torchrun's machinery starts; return what the first returns."""
+    with tempfile.TemporaryDirectory() as logs:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+            logs_specs=DefaultLogsSpecs(log_dir=logs),
         )
-        medians = [median_seconds(group, torch.zeros(size, device=group.device)) for size in sizes]
-        if group.leads:
-            write_text(report, " ".join(map(str, medians)))
+        return elastic_launch(config, work)(params)[0]
 
 
-def seconds_of_a_step(params: Params) -> list[float]:
-    """Return the median time of a forward and backward pass on one thread, with torch's layers and with a group's."""
-    device = set_up_torch(threads=1)
-    group = Group()
-    batch = group.share(torch.zeros(params.train.batch_size, 1, SIDE, SIDE, device=device))
-    models = [build_model(params.model, params.seed).to(device).train() for _ in range(2)]
-    for name, layer in list(models[1].named_modules()):
-        if isinstance(layer, nn.BatchNorm2d):
-            models[1].set_submodule(name, BatchNorm(layer, group))
-        elif isinstance(layer, nn.Dropout | nn.Dropout2d):
-            models[1].set_submodule(name, Dropout(layer, group))
-    seconds: list[list[float]] = [[], []]
-    for _ in range(STEPS):
-        for model, found in zip(models, seconds, strict=True):
-            start = time.perf_counter()
-            model(batch).sum().backward()
-            found.append(time.perf_counter() - start)
-    return [statistics.median(found) for found in seconds]
+def _images_a_second_in_group(params: Params) -> float:
+    with join_group(params.threads) as group:
+        return _images_a_second(params, group.device, partial(train_in_group, group))
 
 
-def median_seconds(group: Group, values: torch.Tensor) -> float:
-    """Return the median time of a sum over a group's processes."""
+def _images_a_second(params: Params, device: torch.device, training_loop: TrainingLoop) -> float:
+    """Train for two epochs and return the speed of the second."""
+    digits = load_digits(RAW, "train")[:_IMAGES].tensors(params.data, device)
+    two_epochs = params.train.model_copy(update={"epochs": 2})
+    training = start_training(build_model(params.model, params.seed).to(device), two_epochs)
+    epochs = training_loop(training, digits, (digits[0][:1], digits[1][:1]), two_epochs, params.seed)
+    next(epochs)
+    start = time.perf_counter()
+    next(epochs)
+    return len(digits[1]) / (time.perf_counter() - start)
+
+
+def _seconds_of_sums(params: Params) -> dict[str, float]:
+    """Return how long a group adds up all gradients, and the statistics of the widest normalisation: the medians."""
+    sizes = {
+        "gradient": sum(weights.numel() for weights in build_model(params.model, params.seed).parameters()),
+        "statistics": 2 * max(params.model.channels),
+    }
+    with join_group(threads=1) as group:
+        return {name: _seconds_of_a_sum(group, size) for name, size in sizes.items()}
+
+
+def _seconds_of_a_sum(group: Group, size: int) -> float:
+    values = torch.zeros(size, device=group.device)
     seconds = []
     for _ in range(SUMS):
         start = time.perf_counter()
         group.sum(values)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
+
+
+def _seconds_of_steps(params: Params) -> dict[str, float]:
+    """Return the median seconds of a forward and backward pass on one thread, with torch's layers and a group's."""
+    device = set_up_torch(threads=1)
+    batch = torch.zeros(params.train.batch_size, 1, SIDE, SIDE, device=device)
+    alone, grouped = (build_model(params.model, params.seed).to(device).train() for _ in range(2))
+    for name, layer in list(grouped.named_modules()):
+        if isinstance(layer, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
+            whole = BatchNorm(layer, Group()) if isinstance(layer, nn.BatchNorm2d) else Dropout(layer, Group())
+            whole.batch_size = len(batch)
+            grouped.set_submodule(name, whole)
+    seconds: dict[str, list[float]] = {"alone": [], "in a group": []}
+    for _ in range(STEPS):
+        for model, found in zip((alone, grouped), seconds.values(), strict=True):
+            start = time.perf_counter()
+            model(batch).sum().backward()
+            found.append(time.perf_counter() - start)
+    return {name: statistics.median(found) for name, found in seconds.items()}

@@ -30,4 +30,3 @@ FIGURES = REPORTS / "figures"
 STUDIES = REPORTS / "studies"
 DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"
-README = Path("README.md")
