@@ -14,7 +14,7 @@ from socket import create_server
 import pytest
 from mlflow.entities import Run
 from support.repository import Repository
-from test_servers import Server, free_port, serving
+from support.servers import Server, free_port, serving
 
 pytestmark = pytest.mark.pipeline
 pytest.importorskip("ray")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from support import DATA, ROOT
-from test_tracking import tracking_alone
+from support.stores import isolated_tracking
 
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.files import sha256, write_json
@@ -143,7 +143,7 @@ def test_the_committed_model_meets_the_committed_bounds() -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         yield Store()
 
 
@@ -207,7 +207,7 @@ def test_a_store_that_fails_is_no_store_without_a_champion(store: Store, tmp_pat
 
 
 def test_where_there_is_no_store_none_is_made(tmp_path: Path, digits: Digits) -> None:
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         (tmp_path / "mlflow.db").unlink()
         assert look_up_champion(digits, 100) == NoChampion("none yet in MLflow at mlflow.db", in_order=True)
         assert not list(tmp_path.iterdir())
@@ -225,7 +225,7 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
     shutil.copytree(DATA, tmp_path / "data/raw")
     (tmp_path / "data/added").mkdir()
     write_json(tmp_path / "reports/metrics.json", METRICS)
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         allow(lowest_accuracy="0.75", largest_calibration_error="0.125")
         subprocess.run(["git", "init", "--quiet"], check=True)
         keep()

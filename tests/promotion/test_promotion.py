@@ -2,19 +2,18 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
 import pytest
 import torch
 from support import DATA, ROOT
+from support.promoting import BOUNDS, Story
 from support.repository import Repository
-from test_gate import rows
-from test_servers import Server, free_port, mlflow_at, say_rest, serving  # noqa: F401 (a fixture)
+from support.servers import Server, free_port, mlflow_at, say_rest, serving  # noqa: F401 (a fixture)
+from support.tables import rows
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import load_digits
@@ -24,52 +23,8 @@ from mnist_pipeline.model.model_file import load_model
 pytestmark = pytest.mark.pipeline
 
 DYING = ROOT / "tests/support/dying.py"
-BOUNDS = {"lowest_accuracy": 0.5, "largest_calibration_error": 0.5, "margin": 0.1}
 BASE, WORSE, BETTER = 1, 2, 3  # the versions that the story registers
 REQUESTS = 8  # that change the registry, in the promotion of a model that is no version yet, where there is a champion
-
-
-@dataclass(frozen=True)
-class Story:
-    """What the commands said that promoted one model after another, and where the aliases were after each."""
-
-    repository: Repository
-    ended: dict[str, "subprocess.CompletedProcess[str]"] = field(default_factory=dict)
-    after: dict[str, dict[str, int]] = field(default_factory=dict)
-    commits: dict[str, str] = field(default_factory=dict)
-
-    def train(self, name: str, epochs: int) -> None:
-        """Run the pipeline and commit what it made."""
-        self.repository.set_param("epochs", epochs)
-        ended = self.repository.dvc("repro", MNIST_TRACKING="required")
-        assert ended.returncode == 0, ended.stdout
-        self.repository.commit()
-        self.commits[name] = self.repository.run("git", "rev-parse", "HEAD").stdout.strip()
-
-    def do(self, name: str, *command: str) -> None:
-        self.ended[name] = self.repository.run(*command)
-        self.after[name] = self.aliases()
-
-    def said(self, name: str) -> str:
-        return self.ended[name].stdout
-
-    def aliases(self) -> dict[str, int]:
-        [model] = self.repository.client.search_registered_models()
-        return {alias: int(number) for alias, number in model.aliases.items()}
-
-    def records(self, number: int) -> list[dict[str, object]]:
-        tags = self.repository.client.get_model_version("mnist", str(number)).tags
-        return [json.loads(value) for _, value in sorted(tags.items())]
-
-    def settle(self, champion: int, versions: set[int]) -> None:
-        """Begin anew with one champion and no others but these versions."""
-        client = self.repository.client
-        for version in client.search_model_versions("name = 'mnist'"):
-            if int(version.version) not in versions:
-                client.delete_model_version("mnist", version.version)
-        for alias in self.aliases():
-            client.delete_registered_model_alias("mnist", alias)
-        client.set_registered_model_alias("mnist", "champion", str(champion))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +167,7 @@ def test_while_the_server_is_down_no_model_passes(story: Story) -> None:
     alone = Repository(story.repository.root, f"http://127.0.0.1:{free_port()}")
     judged, promoted = alone.run("mnist", "gate"), alone.run("mnist", "promote")
     assert judged.returncode == promoted.returncode == 1
-    failing = {rule: row[1] for rule, row in rows(judged.stdout).items() if row[-1] != "passed"}
+    failing = {rule: row[1] for rule, row in rows(judged.stdout).items() if row[-1] == "**failed**"}
     assert failing.keys() == {"beside the champion", "data"}
     for reason in failing.values():
         assert reason.startswith(f"MLflow at {alone.uri} failed (")

@@ -15,39 +15,17 @@ from click.testing import CliRunner
 from mlflow.entities import Run
 from PIL import Image
 from support import DATA
+from support.additions import NEW, TEST, TRAIN, write_idx, write_picture, write_pictures
 from support.repository import Repository
 
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import Params
-from mnist_pipeline.data.digits import Digits, load_digits, read_idx
+from mnist_pipeline.data.digits import Digits, read_idx
 from mnist_pipeline.data.training_set import load_training_data, split
 from mnist_pipeline.report.pictures import write_digit
 from mnist_pipeline.serving.additions import IMAGES, LABELS, add, encode_idx, read_source
 from mnist_pipeline.serving.preprocessing import normalize
-
-TRAIN, TEST = (load_digits(DATA, part) for part in ("train", "test"))
-# Real digits a pixel further right, so no copies; of classes of which the small MNIST has few.
-RARE = torch.isin(TRAIN.labels, torch.tensor([0, 3, 6, 8]))
-NEW = Digits(torch.roll(TRAIN.pixels, 1, dims=2), TRAIN.labels)[RARE][:40]
-
-
-def write_picture(path: Path, pixels: object, mode: str = "L") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.asarray(pixels)).convert(mode).save(path)
-
-
-def write_pictures(directory: Path, digits: Digits) -> Path:
-    for index, (pixels, label) in enumerate(zip(digits.pixels, digits.labels.tolist(), strict=True)):
-        write_picture(directory / str(label) / f"{index:03}.png", pixels)
-    return directory
-
-
-def write_idx(directory: Path, digits: Digits) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / IMAGES).write_bytes(encode_idx(digits.pixels))
-    (directory / LABELS).write_bytes(encode_idx(digits.labels))
-    return directory
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import DATA
 from support.repository import Repository
-from test_servers import free_port, wait_until
+from support.servers import free_port, wait_until
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import load_digits

@@ -24,7 +24,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from support import DATA
 from support.repository import Repository
 from support.running import running
-from test_tracking import tracking_alone
+from support.stores import isolated_tracking
 
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.data.digits import Digits, load_digits
@@ -335,7 +335,7 @@ def test_an_address_that_is_not_free_is_told_in_one_line(repository: Repository,
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
     """Connect to an empty store in a working directory of its own."""
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         yield Store()
 
 
@@ -405,7 +405,7 @@ def test_a_store_that_fails_costs_a_line(
 
 
 def test_without_a_store_none_is_made(tmp_path: Path) -> None:
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         (tmp_path / "mlflow.db").unlink()
         assert fetch_champion(tmp_path) is None
         assert not list(tmp_path.iterdir())

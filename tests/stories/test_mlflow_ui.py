@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 from support.browser import browser, is_local  # noqa: F401 (a fixture)
 from support.repository import REPORTS, Repository
-from test_servers import STAGES, serving, workspace
+from support.servers import serving
 
 pytestmark = pytest.mark.pipeline
 
@@ -42,9 +42,9 @@ class Tracked:
 
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
-    repository = workspace(tmp_path_factory.mktemp("tracked"), "").init()
+    repository = Repository.create_with_data(tmp_path_factory.mktemp("tracked")).init()
     repository.set_param("epochs", EPOCHS)
-    for stage in STAGES:
+    for stage in ("train", "evaluate", "report"):
         said = repository.stage(stage)
         assert said.returncode == 0, said.stdout
     with serving(repository.root, f"sqlite:///{repository.root / 'mlflow.db'}") as server:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from support.additions import NEW, write_pictures
+from support.promoting import BOUNDS, Story
 from support.repository import Repository
+from support.servers import serving
 from support.tables import rows, table
-from test_additions import NEW, write_pictures
-from test_promotion import BOUNDS, Story
-from test_servers import serving
 
 pytestmark = pytest.mark.pipeline
 

@@ -1,6 +1,5 @@
 """The tracking through a real `mlflow server`, and with one that is down, dies, hangs or answers with errors."""
 
-import http.client
 import json
 import os
 import platform
@@ -14,8 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import create_server
@@ -26,6 +25,7 @@ import torch
 from mlflow.entities import Run
 from support import DATA
 from support.repository import REPORTS, Repository
+from support.servers import Server, free_port, mlflow_at, say_rest, say_until, serving, wait_until  # noqa: F401 (a fixture)
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import load_digits
@@ -39,88 +39,6 @@ OUTPUTS |= {f"reports/{name}" for name in REPORTS if name != "figures"}
 STAGES = ("train", "evaluate", "report")
 STORES = {"mlflow.db", "mlflow.db.lock", "mlartifacts", "mlruns"}  # what no stage makes beside a server
 STALL = 30  # seconds that a server may cost at most
-
-
-def free_port() -> int:
-    with create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
-
-
-def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until a server that was started meets a condition; should it end or take too long, show its log."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-
-
-@dataclass
-class Server:
-    """An `mlflow server` on loopback, its database anywhere, its artifacts in a directory."""
-
-    directory: Path
-    database: str
-    port: int = field(default_factory=free_port)
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def log(self) -> Path:
-        return self.directory / "server.log"
-
-    def start(self) -> None:
-        """Start it in a process group of its own: it has children."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        of_no_use = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        where = {"--host": "127.0.0.1", "--port": str(self.port), "--workers": "1"}
-        stores = {"--backend-store-uri": self.database, "--artifacts-destination": str(self.directory / "artifacts")}
-        options = [word for option in (where | stores).items() for word in option]
-        with self.log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlflow", "server", *options],
-                cwd=self.directory,
-                env=kept | of_no_use,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        """Wait until it serves."""
-        wait_until(self.healthy, self.process, self.log)
-
-    def healthy(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == 200
-        except OSError:
-            return False
-        finally:
-            connection.close()
-
-    def signal(self, number: signal.Signals) -> None:
-        """Send a signal to all of its processes."""
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):  # it is dead
-            self.signal(signal.SIGKILL)
-        self.process.wait()
-
-
-@contextmanager
-def serving(directory: Path, database: str) -> Iterator[Server]:
-    server = Server(directory, database)
-    server.start()
-    try:
-        server.wait()
-        yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture(scope="module")
@@ -177,13 +95,6 @@ def server(request: pytest.FixtureRequest) -> Server:
     return found
 
 
-def workspace(root: Path, uri: str, **params: object) -> Repository:
-    """Return a pipeline whose download stage need not run."""
-    repository = Repository.create(root, uri, **params)
-    shutil.copytree(DATA, root / "data/raw")
-    return repository
-
-
 def outputs(repository: Repository, *patterns: str) -> dict[str, bytes]:
     found = [
         path
@@ -212,23 +123,6 @@ def runs(repository: Repository) -> list[Run]:
     return [run for run in repository.runs() if run.data.tags["workspace"] == place]
 
 
-def say_until(process: "subprocess.Popen[str]", pattern: str) -> str:
-    """Return what a process says until a line matches."""
-    assert process.stdout is not None
-    said = ""
-    for line in process.stdout:
-        said += line
-        if re.search(pattern, line):
-            return said
-    raise AssertionError(said)
-
-
-def say_rest(process: "subprocess.Popen[str]") -> str:
-    """Return what a process says from here on to its end."""
-    said, _ = process.communicate()
-    return said
-
-
 def check_training(repository: Repository, run: Run) -> None:
     """Check that a run is finished and has each epoch of the history, once and in order."""
     epochs = (repository.root / "reports/history.csv").read_text(encoding="utf-8").splitlines()[1:]
@@ -248,14 +142,6 @@ def check_later_stages(repository: Repository, run: Run) -> None:
     with tempfile.TemporaryDirectory() as directory:
         downloaded = repository.client.download_artifacts(run.info.run_id, "reports/report.md", directory)
         assert Path(downloaded).read_bytes() == (repository.root / "reports/report.md").read_bytes()
-
-
-@pytest.fixture
-def mlflow_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Point this process's MLflow, and its environment, to a server for one test."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # restored at the end
-    yield mlflow.set_tracking_uri
-    mlflow.set_tracking_uri(None)
 
 
 # A server that is down
@@ -315,7 +201,7 @@ def test_a_second_backfill_adds_nothing(mended: Mended) -> None:
 
 
 def test_a_server_that_is_required_and_down_is_an_error_before_the_training(tmp_path: Path) -> None:
-    repository = workspace(tmp_path, f"http://127.0.0.1:{free_port()}")
+    repository = Repository.create_with_data(tmp_path, f"http://127.0.0.1:{free_port()}")
     ended = repository.stage("train", MNIST_TRACKING="required")
     assert ended.returncode == 1
     assert re.fullmatch(rf"error: MLflow at {repository.uri} failed \(.*\n", ended.stdout), ended.stdout
@@ -339,7 +225,7 @@ class Tracked:
 @pytest.fixture(scope="module")
 def tracked(tmp_path_factory: pytest.TempPathFactory, server: Server, mended: Mended) -> Tracked:
     """Run the stages, but after `mended`: its backfill would find this very model on the server."""
-    repository = workspace(tmp_path_factory.mktemp("tracked"), server.uri)
+    repository = Repository.create_with_data(tmp_path_factory.mktemp("tracked"), server.uri)
     return Tracked(repository, {stage: repository.stage(stage) for stage in STAGES})
 
 
@@ -379,7 +265,7 @@ def test_the_outputs_are_the_same_bytes_without_a_server(tracked: Tracked, mende
 
 
 def test_a_training_that_was_killed_goes_on_in_its_run(tmp_path: Path, sqlite: Server) -> None:
-    repository = workspace(tmp_path, sqlite.uri, epochs=8)
+    repository = Repository.create_with_data(tmp_path, sqlite.uri, epochs=8)
     process = repository.start(sys.executable, "stages/train.py")
     say_until(process, "^Epoch: 2/")
     process.kill()
@@ -444,16 +330,16 @@ def test_the_backfill_completes_the_run_that_a_server_has_a_part_of(halfway: Hal
 
 
 def test_a_server_that_hangs_half_way_costs_a_training_seconds(tmp_path: Path, sqlite: Server) -> None:
-    repository = workspace(tmp_path, sqlite.uri, epochs=8)
+    repository = Repository.create_with_data(tmp_path, sqlite.uri, epochs=8)
     process = repository.start(sys.executable, "stages/train.py")
     say_until(process, "^Epoch: 2/")
     begin = time.monotonic()
-    sqlite.signal(signal.SIGSTOP)
+    sqlite.send(signal.SIGSTOP)
     try:
         said = say_rest(process)
         seconds = time.monotonic() - begin
     finally:
-        sqlite.signal(signal.SIGCONT)
+        sqlite.send(signal.SIGCONT)
     assert process.returncode == 0, said
     assert len(warnings(said)) == 1
     assert "after epoch" in said
@@ -506,7 +392,7 @@ class Untracked:
 
 
 def train_untracked(root: Path, port: int) -> Untracked:
-    repository = workspace(root, f"http://127.0.0.1:{port}")
+    repository = Repository.create_with_data(root, f"http://127.0.0.1:{port}")
     begin = time.monotonic()
     process = repository.stage("train")
     return Untracked(repository.uri, process, time.monotonic() - begin, outputs_of_training(repository))

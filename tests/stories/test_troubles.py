@@ -14,20 +14,12 @@ from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
-from support import DATA
 from support.repository import Repository
 
 pytestmark = pytest.mark.pipeline
 
 OUTPUTS = ["models/model.safetensors", "reports/history.csv"]
 NOTHING: list[str] = []
-
-
-def workspace(root: Path, fresh: bool = False) -> Repository:
-    """Return a pipeline of which the train stage can run."""
-    repository = Repository.create(root, fresh=fresh)
-    shutil.copytree(DATA, root / "data/raw")
-    return repository
 
 
 @dataclass(frozen=True)
@@ -132,7 +124,7 @@ class Unusable:
 @pytest.fixture(scope="module", params=DAMAGES)
 def unusable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported: Exported) -> Unusable:
     damage, cause = DAMAGES[request.param]
-    repository = workspace(tmp_path_factory.mktemp(request.param))
+    repository = Repository.create_with_data(tmp_path_factory.mktemp(request.param))
     mine = repository.root / "mlflow.db"
     shutil.copy(exported.repository.root / "mlflow.db", mine)
     damage(mine)
@@ -205,7 +197,7 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
     place = tmp_path_factory.mktemp("disks")
     steps = {}
     with mounted(place / "disk", "16m") as disk:
-        repository = workspace(disk / "repository", fresh=True)
+        repository = Repository.create_with_data(disk / "repository", fresh=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         steps["read-only"] = train(repository)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)

@@ -80,6 +80,13 @@ class Repository:
             repository.set_param(name, value)
         return repository
 
+    @classmethod
+    def create_with_data(cls, root: Path, uri: str = "", fresh: bool = False, **params: object) -> "Repository":
+        """`create` a repository that has its data already: the train stage runs without the download."""
+        repository = cls.create(root, uri, fresh, **params)
+        shutil.copytree(DATA, root / "data/raw")
+        return repository
+
     def copy(self, root: Path) -> "Repository":
         """Copy the repository as it is, caches and runs included; the copy's runs have their artifacts in the copy."""
         shutil.copytree(self.root, root, symlinks=True, dirs_exist_ok=True)

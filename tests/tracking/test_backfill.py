@@ -14,7 +14,7 @@ import pytest
 from mlflow.entities import Run
 from support import DATA
 from support.repository import Repository
-from test_tracking import EPOCHS, TESTED, artifacts, files_in, points, tracking_alone
+from support.stores import EPOCHS, TESTED, artifacts, files_in, isolated_tracking, points
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256, write_csv, write_json, write_text
@@ -65,7 +65,7 @@ def working_in(pipeline: Path, root: Path, status: int) -> Iterator[pytest.Monke
     (root / "bin").mkdir()
     (root / "bin/dvc").write_text(f"#!/bin/sh\nexit {status}\n")
     (root / "bin/dvc").chmod(0o755)
-    with tracking_alone(root) as patch:
+    with isolated_tracking(root) as patch:
         patch.chdir(pipeline)
         patch.setenv("DVC_ROOT", str(root))
         patch.setenv("PATH", str(root / "bin"), prepend=os.pathsep)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelStatus
-from test_tracking import tracking_alone
+from support.stores import isolated_tracking
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
@@ -23,7 +23,7 @@ READY, FAILED = LoggedModelStatus.READY, LoggedModelStatus.FAILED
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Iterator[Registry]:
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         yield Registry(Store())
 
 

@@ -22,11 +22,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from support import DATA, ROOT
 from support.repository import Repository, empty_database
+from support.stores import EPOCHS, TESTED, artifacts, files_in, isolated_tracking, points
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256, sha256_of_directory, write_csv, write_json, write_text
 from mnist_pipeline.common.params import flatten, load_params
-from mnist_pipeline.common.scores import EpochResult, Score
+from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.data.training_set import load_training_data
 from mnist_pipeline.model.inference import predict
@@ -61,34 +62,6 @@ EVALUATE = Provenance(
     [str(METRICS), str(FIGURES)],
     [str(METRICS)],
 )
-EPOCHS = [
-    EpochResult(1, 0.001, Score(0.5, 250, 300), Score(0.25, 190, 200), 0.0005),
-    EpochResult(2, 0.0005, Score(0.25, 280, 300), Score(0.125, 195, 200), 0.0005),
-]
-TESTED = {
-    "test_accuracy": 0.985,
-    "test_loss": 0.05,
-    "test_total": 200,
-    "test_misclassified": 3,
-    "test_calibration_error": 0.0125,
-    "test_per_class_accuracy": {"3": 0.75},
-    "parameters": 19_210,
-}
-FOREIGN = ("DVC_", "GIT_", "MLFLOW_EXPERIMENT", "MLFLOW_RUN", "MLFLOW_TRACKING", "MNIST_")
-
-
-@contextlib.contextmanager
-def tracking_alone(root: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Track into a database at a root, whatever the environment and MLflow remember, and leave both as they were."""
-    (root / "mlflow.db").write_bytes(empty_database())
-    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
-        for name in [name for name in os.environ if name.startswith(FOREIGN)]:
-            del os.environ[name]
-        os.environ["GIT_CEILING_DIRECTORIES"] = str(root.parent)
-        mlflow.set_tracking_uri(None)
-        patch.chdir(root)
-        yield patch
-    mlflow.set_tracking_uri(None)
 
 
 def git(directory: Path, *arguments: str) -> str:
@@ -101,19 +74,6 @@ def training_after(epochs: Sequence[EpochResult] = ()) -> Training:
     training = start_training(build_model(PARAMS.model, seed=0), PARAMS.train)
     training.history.extend(epochs)
     return training
-
-
-def points(repository: Repository, run: Run) -> dict[str, int]:
-    """Count the points of each of a run's metrics."""
-    return {metric: len(repository.steps(run, metric)) for metric in run.data.metrics}
-
-
-def artifacts(run: Run) -> Path:
-    return Path(run.info.artifact_uri.removeprefix("file://"))
-
-
-def files_in(directory: Path) -> set[str]:
-    return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
 
 
 @dataclass(frozen=True)
@@ -145,7 +105,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     git(copy, "commit", "--quiet", "--message", "Begin")
     parts = load_training_data(DATA, NONE, PARAMS.data.model_copy(update={"validation_size": 50}), seed=0)
     training = training_after()
-    with tracking_alone(store.root) as patch:
+    with isolated_tracking(store.root) as patch:
         patch.chdir(copy)
         patch.setenv("DVC_ROOT", str(store.root))
         with training_run(TRAIN, parts, training, None) as tracked:
@@ -314,7 +274,7 @@ def test_the_logged_model_is_no_pickle(scenario: Scenario) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Repository]:
-    with tracking_alone(tmp_path):
+    with isolated_tracking(tmp_path):
         yield Repository(tmp_path)
 
 
