@@ -10,10 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from support import DATA
@@ -22,8 +22,8 @@ from support.repository import Repository, after_an_epoch
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_table
 from mnist_pipeline.common.params import Params
-from mnist_pipeline.tracking.provenance import trace
-from mnist_pipeline.training.distributed.launch import DRIVES, OWN_STORE, agree, join, launch
+from mnist_pipeline.tracking.provenance import identify_training
+from mnist_pipeline.training.distributed.launch import Identify, launch
 
 pytestmark = pytest.mark.pipeline
 
@@ -63,21 +63,39 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return history(repository)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_several_processes_give_the_curve_of_one(tmp_path: Path, alone: list[dict[str, str]], processes: int) -> None:
-    repository = workspace(tmp_path, processes=processes, **VARIED)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Repository, str]:
+    """A repository in which two processes have trained without trouble, and what they printed."""
+    repository = workspace(tmp_path_factory.mktemp("pair"), processes=2, **VARIED)
     finished = repository.stage("train")
     assert finished.returncode == 0, finished.stdout
-    for found, expected in zip(history(repository), alone, strict=True):
+    return repository, finished.stdout
+
+
+def assert_same_curve(found: list[dict[str, str]], alone: list[dict[str, str]]) -> None:
+    for row, expected in zip(found, alone, strict=True):
         for name in ("train_loss", "monitor_loss"):
-            assert float(found[name]) == pytest.approx(float(expected[name]), rel=TOLERANCE), name
+            assert float(row[name]) == pytest.approx(float(expected[name]), rel=TOLERANCE), name
         # One image more or less of 300, or of 200: a tie may fall the other way.
-        assert float(found["train_accuracy"]) == pytest.approx(float(expected["train_accuracy"]), abs=1.01 / 300)
-        assert float(found["monitor_accuracy"]) == pytest.approx(float(expected["monitor_accuracy"]), abs=1.01 / 200)
-    assert len(re.findall("^Epoch: ", finished.stdout, re.MULTILINE)) == len(alone)  # one of them speaks
+        assert float(row["train_accuracy"]) == pytest.approx(float(expected["train_accuracy"]), abs=1.01 / 300)
+        assert float(row["monitor_accuracy"]) == pytest.approx(float(expected["monitor_accuracy"]), abs=1.01 / 200)
+
+
+def test_two_processes_give_the_curve_of_one(pair: tuple[Repository, str], alone: list[dict[str, str]]) -> None:
+    repository, said = pair
+    assert_same_curve(history(repository), alone)
+    assert len(re.findall("^Epoch: ", said, re.MULTILINE)) == len(alone)  # one of them prints
     [run] = repository.runs()  # and tracks
     assert repository.steps(run) == [1, 2, 3]
-    assert run.data.params["train.processes"] == str(processes)
+    assert run.data.params["train.processes"] == "2"
+
+
+@pytest.mark.thorough
+def test_four_processes_give_the_curve_of_one(tmp_path: Path, alone: list[dict[str, str]]) -> None:
+    repository = workspace(tmp_path, processes=4, **VARIED)
+    finished = repository.stage("train")
+    assert finished.returncode == 0, finished.stdout
+    assert_same_curve(history(repository), alone)
 
 
 def workers_of(launcher: int) -> list[int]:
@@ -88,32 +106,25 @@ def workers_of(launcher: int) -> list[int]:
     return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """What two processes write that nothing disturbs."""
-    repository = workspace(tmp_path_factory.mktemp("pair"), processes=2, epochs=8, batch_size=32)
-    assert repository.stage("train").returncode == 0
-    return outputs(repository)
-
-
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_worker_that_is_killed_is_started_again_and_the_run_is_the_same(
-    tmp_path: Path, pair: list[bytes], victim: int
+    tmp_path: Path, pair: tuple[Repository, str], victim: int
 ) -> None:
-    repository = workspace(tmp_path, processes=2, epochs=8, batch_size=32)
+    repository = workspace(tmp_path, processes=2, **VARIED)
     process = repository.start(sys.executable, "stages/train.py")
     said = after_an_epoch(process, lambda: os.kill(workers_of(process.pid)[victim], signal.SIGKILL))
     assert process.returncode == 0, said
     assert "A process died: all start again, 1 of at most 3 times" in said
     assert "Going on after epoch" in said
     assert "Traceback" not in said
-    assert outputs(repository) == pair
+    assert outputs(repository) == outputs(pair[0])
     [run] = repository.runs()
     assert run.info.status == "FINISHED"
-    assert repository.steps(run, "monitor_loss") == list(range(1, 9))
+    assert repository.steps(run, "monitor_loss") == [1, 2, 3]
     assert list(tmp_path.glob(".checkpoints/*")) == []
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -> None:
     repository = workspace(tmp_path, processes=2, epochs=100, batch_size=32)
@@ -132,6 +143,7 @@ def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals)
     assert [run.info.status for run in repository.runs()] == ["KILLED"]
 
 
+@pytest.mark.thorough
 def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
     repository = workspace(tmp_path, processes=2, learning_rate="1.0e+30")
     finished = repository.stage("train")
@@ -140,6 +152,7 @@ def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stdout
 
 
+@pytest.mark.thorough
 def test_a_mistake_of_the_leading_process_alone_is_said_once(tmp_path: Path) -> None:
     repository = workspace(tmp_path, processes=2)
     finished = repository.stage("train", MNIST_TRACKING="required", MLFLOW_TRACKING_URI="http://localhost:1")
@@ -156,28 +169,41 @@ def torchrun_command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "torchrun"), *arguments, "stages/train.py"]
 
 
+@pytest.mark.thorough
 def test_torchrun_must_start_as_many_processes_as_the_params_say(tmp_path: Path) -> None:
     finished = torchrun(workspace(tmp_path, processes=3), "--standalone", "--nproc-per-node=1")
     assert finished.returncode != 0
     assert "error: train.processes is 3, and torchrun started 1" in finished.stdout
 
 
+def never(*arguments: object) -> NoReturn:
+    raise AssertionError("they must not train")
+
+
+def refusal(params: Params, processes: int) -> str:
+    """Return why `launch` refuses to start the processes."""
+    changed = params.model_copy(update={"train": params.train.model_copy(update={"processes": processes})})
+    with pytest.raises(UserError) as refused:
+        launch(never, changed, never)
+    return str(refused.value)
+
+
 @pytest.mark.parametrize("processes", [1, 3])
-def test_machines_must_have_as_many_processes_each(tmp_path: Path, processes: int) -> None:
-    finished = workspace(tmp_path, processes=processes).stage("train", PET_NNODES="2")
-    assert finished.returncode == 1
-    assert finished.stdout.startswith(f"error: train.processes must be a multiple of PET_NNODES, and is {processes}")
+def test_machines_must_have_as_many_processes_each(
+    params: Params, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    message = f"train.processes must be a multiple of PET_NNODES, and is {processes}"
+    assert refusal(params, processes).startswith(message)
 
 
 @pytest.mark.parametrize("endpoint", ["", "nowhere.invalid:29400", "192.0.2.1:29400", "localhost:port"])
-def test_machines_must_be_told_where_they_meet(tmp_path: Path, endpoint: str) -> None:
-    finished = workspace(tmp_path, processes=2).stage("train", PET_NNODES="2", PET_RDZV_ENDPOINT=endpoint)
-    assert finished.returncode == 1
-    wanted = (
-        f"error: PET_RDZV_ENDPOINT must be a host:port of this machine, where the others meet it, and is {endpoint!r}"
+def test_machines_must_be_told_where_they_meet(params: Params, monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    monkeypatch.setenv("PET_NNODES", "2")
+    monkeypatch.setenv("PET_RDZV_ENDPOINT", endpoint)
+    assert refusal(params, processes=2).startswith(
+        f"PET_RDZV_ENDPOINT must be a host:port of this machine, where the others meet it, and is {endpoint!r}"
     )
-    assert finished.stdout.startswith(wanted)
-    assert finished.stdout.count("\n") == 1
 
 
 def two_machines(root: Path) -> tuple[Repository, Repository]:
@@ -202,37 +228,34 @@ def start_on_two(
     return driving, second.start(*on[1], *torchrun_command(*options), **TORCHRUN)
 
 
-def join_with_another_command(params: Params) -> None:
-    found = trace("train", params)
-    with join(params.threads) as group:
-        agree(group, lambda: replace(found, command=f"{found.command} {os.environ['RANK']}"))
+def other_command(params: Params) -> dict[str, object]:
+    return identify_training(params) | {"command": f"the one of process {os.environ['RANK']}"}
 
 
-def join_with_another_lock_file(params: Params) -> None:
-    with join(params.threads) as group:
-        if os.environ["RANK"] == "1":
-            os.chdir(shutil.copytree(".", tempfile.mkdtemp(dir=".."), dirs_exist_ok=True))
-            Path("requirements.lock").write_text("torch==0.1\n")
-        agree(group, lambda: trace("train", params))
+def other_lock_file(params: Params) -> dict[str, object]:
+    if os.environ["RANK"] == "1":
+        os.chdir(shutil.copytree(".", tempfile.mkdtemp(dir=".."), dirs_exist_ok=True))
+        Path("requirements.lock").write_text("torch==0.1\n")
+    return identify_training(params)
 
 
-def join_without_images(params: Params) -> None:
-    with join(params.threads) as group:
-        if os.environ["RANK"] == "1":
-            os.chdir(tempfile.mkdtemp(dir="."))
-            shutil.copy("../dvc.yaml", ".")
-        agree(group, lambda: trace("train", params))
+def without_images(params: Params) -> dict[str, object]:
+    if os.environ["RANK"] == "1":
+        os.chdir(tempfile.mkdtemp(dir="."))
+        shutil.copy("../dvc.yaml", ".")
+    return identify_training(params)
 
 
 @pytest.mark.parametrize(
-    ("work", "told"),
+    ("identify", "message"),
     [
-        (join_with_another_command, r"command is (.*) 1 in process 1, \1 0 in the leading one: make them equal"),
-        (
-            join_with_another_lock_file,
+        (other_command, r"command is the one of process 1 in process 1, .* 0 in the leading one: make them equal"),
+        pytest.param(
+            other_lock_file,
             r"requirements.lock is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading one: make them equal",
+            marks=pytest.mark.thorough,
         ),
-        (join_without_images, r"data/added is absent: .* \(process 1\)"),
+        pytest.param(without_images, r"data/added is absent: .* \(process 1\)", marks=pytest.mark.thorough),
     ],
 )
 def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
@@ -240,19 +263,19 @@ def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
-    work: Callable[[Params], None],
-    told: str,
+    identify: Identify,
+    message: str,
 ) -> None:
     monkeypatch.chdir(workspace(tmp_path).root)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    for name in (DRIVES, OWN_STORE):
-        monkeypatch.setenv(name, "")  # which `launch` sets for good
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # `launch` sets variables for its workers for good
     two = params.model_copy(update={"threads": 1, "train": params.train.model_copy(update={"processes": 2})})
-    with pytest.raises(UserError, match=told):
-        launch(work, two)
+    with pytest.raises(UserError, match=message):
+        launch(never, two, identify)
     assert "warning: train.processes and threads make 2 threads on the 1 cores" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_a_machine_with_other_params_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
     first, second = two_machines(tmp_path)
     second.set_param("processes", 1)
@@ -294,6 +317,7 @@ def hosts() -> Iterator[tuple[list[str], list[str]]]:
         yield ["ip", "netns", "exec", first], ["ip", "netns", "exec", second]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("driver", [0, 1])
 def test_two_hosts_train_as_one_and_only_the_driving_one_writes(
     tmp_path: Path, alone: list[dict[str, str]], driver: int

@@ -46,10 +46,15 @@ def run_epochs(training: Training, params: Params, train_params: TrainParams, ep
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "changes"),
-    [("adam", {}), ("adamw", {"averaging": 0.9}), ("muon", {"averaging": 0.9, "precision": "bfloat16"}), ("sgd", {})],
+    ("optimizer", "changes", "interrupted_after"),
+    [
+        ("adam", {}, 1),
+        ("adam", {}, 3),
+        ("adamw", {"averaging": 0.9}, 2),
+        ("muon", {"averaging": 0.9, "precision": "bfloat16"}, 2),
+        ("sgd", {}, 2),
+    ],
 )
-@pytest.mark.parametrize("interrupted_after", [1, 2, 3])
 def test_a_training_that_goes_on_ends_like_one_that_was_never_interrupted(
     params: Params, checkpoint: Checkpoint, optimizer: str, changes: dict[str, object], interrupted_after: int
 ) -> None:
@@ -124,12 +129,13 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 @pytest.mark.pipeline
-def test_a_training_killed_five_times_ends_with_the_same_bytes_in_one_run(
-    tmp_path: Path, uninterrupted: list[bytes]
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.thorough)])
+def test_a_training_that_is_killed_ends_with_the_same_bytes_in_one_run(
+    tmp_path: Path, uninterrupted: list[bytes], kills: int
 ) -> None:
     repository = workspace(tmp_path)
     moments = random.Random(7)
-    for _ in range(5):
+    for _ in range(kills):
         interrupt_after_an_epoch(start_stage(repository), signal.SIGKILL, moments.uniform(0, 0.3))
         assert list(tmp_path.glob("models/*")) == []
     last = repository.stage("train")
@@ -143,7 +149,7 @@ def test_a_training_killed_five_times_ends_with_the_same_bytes_in_one_run(
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
 def test_a_signal_closes_the_run_as_killed_and_the_next_start_goes_on(
     tmp_path: Path, uninterrupted: list[bytes], number: signal.Signals
 ) -> None:
