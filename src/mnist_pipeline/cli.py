@@ -114,7 +114,7 @@ def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> 
 
     Pictures go into a directory beside FILE: FILE's name without its ending, and -pictures.
     """
-    from mnist_pipeline.promotion.ci_report.report import write_ci_report
+    from mnist_pipeline.promotion.ci_report.comment import write_ci_report
 
     write_ci_report(base, out, log, artifacts)
 

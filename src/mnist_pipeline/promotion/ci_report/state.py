@@ -1,0 +1,107 @@
+"""The state of the repository in a commit or in the workspace: its params, its `dvc.lock` and what the stages wrote."""
+
+import hashlib
+import io
+import json
+import re
+import subprocess
+import tarfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mnist_pipeline.common import paths
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import read_text
+from mnist_pipeline.common.params import flatten, read_sections
+from mnist_pipeline.report.results import Results, load_results
+from mnist_pipeline.tracking.provenance import git
+
+
+@dataclass(frozen=True)
+class State:
+    """A directory with the files of a commit or of the workspace, its params by name, the stages of its `dvc.lock`."""
+
+    directory: Path
+    params: Mapping[str, object]
+    stages: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, directory: Path) -> "State":
+        """Read `params.yaml` and `dvc.lock`; either may be absent."""
+        params, lock = directory / paths.PARAMS, directory / paths.LOCK
+        return cls(
+            directory,
+            flatten(read_sections(params)) if params.is_file() else {},
+            yaml.safe_load(read_text(lock)).get("stages", {}) if lock.is_file() else {},
+        )
+
+    def load_results(self) -> Results:
+        """Read what the stages wrote.
+
+        Raises:
+            UserError: a file is absent.
+        """
+        tables = (paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES)
+        return load_results(*(self.directory / path for path in tables))
+
+    def outdated(self) -> list[str]:
+        """Name the params, files and folders that changed after the stages read them."""
+        recorded = {name: value for stage in self.stages.values() for name, value in stage_inputs(stage).items()}
+        files = {name: md5 for name in recorded if (md5 := _dvc_md5(self.directory / name))}
+        return [name for name, value in {**self.params, **files}.items() if recorded.get(name, value) != value]
+
+
+def check_out(revision: str, directory: Path) -> str:
+    """Extract a revision's files into a directory and return its commit; do nothing for git's null revision.
+
+    The null revision is all zeros: CI gives it as the state of a branch before its first push.
+
+    Raises:
+        UserError: the revision does not exist.
+    """
+    if re.fullmatch("0{40,}", revision):
+        return ""
+    commit = git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
+    if not commit:
+        raise UserError(f"--base must be a commit that this repository has, and is {revision!r}: `git fetch` brings it")
+    archive = subprocess.run(["git", "archive", "--format=tar", commit], capture_output=True, check=True).stdout
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        tar.extractall(directory, [member for member in tar if member.isfile()], filter="data")
+    return commit
+
+
+def stage_inputs(stage: Mapping[str, Any]) -> dict[str, object]:
+    """Return by name what `dvc.lock` has of a stage's command, params, files and folders; the last two by their MD5."""
+    params = {name: value for values in stage.get("params", {}).values() for name, value in flatten(values).items()}
+    return {"cmd": stage.get("cmd"), **params, **{path["path"]: path.get("md5") for path in stage.get("deps", [])}}
+
+
+def changed_names(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
+    """Name the entries that differ between two mappings."""
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]
+
+
+def _dvc_md5(path: Path) -> str | None:
+    """Return the MD5 that DVC gives a file or a folder: a folder's is that of the list of its files, as JSON.
+
+    Return None if nothing is there, or a *.dvc file in it says that git does not hold all of the folder.
+    """
+    if path.is_file():
+        return _md5(path.read_bytes())
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    if not files or any(name.endswith(".dvc") for name in files):
+        return None
+    listed = [
+        {"md5": _md5(file.read_bytes()), "relpath": name}
+        for name, file in sorted(files.items())
+        if "__pycache__" not in file.parts  # see .dvcignore
+    ]
+    return f"{_md5(json.dumps(listed, sort_keys=True).encode())}.dir"
+
+
+def _md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
