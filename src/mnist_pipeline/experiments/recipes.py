@@ -1,4 +1,4 @@
-"""Recipes: overlays of `params.yaml` in experiments/, and how DVC runs one (`mnist experiment`)."""
+"""Recipes: files in experiments/ that override some of `params.yaml`, and how `mnist experiment` runs one."""
 
 import json
 import subprocess
@@ -11,8 +11,8 @@ from mnist_pipeline.common.paths import EXPERIMENTS
 from mnist_pipeline.report.studies import SPECIFICATION
 
 
-def overlay_of(name: str) -> Path | None:
-    """Return the overlay of a recipe, none for the specification.
+def find_recipe(name: str) -> Path | None:
+    """Return the file of a recipe, None for the specification.
 
     Raises:
         UserError: there is no recipe of that name.
@@ -27,9 +27,13 @@ def overlay_of(name: str) -> Path | None:
 
 
 def run_experiment(name: str, arguments: Sequence[str]) -> int:
-    """Run a recipe as an experiment of DVC, with further arguments of `dvc exp run`; return its exit code."""
-    overlay = overlay_of(name)
+    """Run a recipe by `dvc exp run`, which also gets the arguments; return its exit code.
+
+    Raises:
+        UserError: there is no such recipe, or it does not fit `params.yaml`.
+    """
+    overlay = find_recipe(name)
     load_params(overlay=overlay)
-    sections = flatten(read_sections(overlay)) if overlay else {}
-    changes = [f"--set-param={key}={json.dumps(value)}" for key, value in sections.items()]
-    return subprocess.run(["dvc", "exp", "run", "--name", name, *changes, *arguments], check=False).returncode
+    values = flatten(read_sections(overlay)) if overlay else {}
+    settings = [f"--set-param={key}={json.dumps(value)}" for key, value in values.items()]
+    return subprocess.run(["dvc", "exp", "run", "--name", name, *settings, *arguments], check=False).returncode

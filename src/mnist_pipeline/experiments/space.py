@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,29 @@ from mnist_pipeline.common.params import (
     explain_error,
     flatten,
     load_params,
+    merge,
     parse_section,
     read_sections,
 )
-from mnist_pipeline.experiments.recipes import overlay_of
-from mnist_pipeline.experiments.trial import VALIDATION_SIZE, alone
+from mnist_pipeline.experiments.recipes import find_recipe
+from mnist_pipeline.experiments.trial import VALIDATION_SIZE, on_one_core
 from mnist_pipeline.report.studies import SPECIFICATION
 
-SECTIONS = ("seed", "model", "train")  # what may be searched; the images stay the same
-FIXED = ("train.processes",)  # but this, which a trial has its own of
-DIGITS = 4  # significant ones of a number that is searched: enough to tell two apart, few enough to read
+_SEARCHABLE = ("seed", "model", "train")  # sections: the images stay the same
+_FIXED = ("train.processes",)  # every trial gets one process
+_SIGNIFICANT_DIGITS = 4  # of a float that is drawn: precise enough, and short to read
 
 
-class Range(Section):
-    """From where to where a number is searched, evenly or evenly in its logarithm."""
+class _Range(Section):
+    """The limits of a number that is searched, evenly or evenly in its logarithm."""
 
     low: float
     high: float
     log: bool = False
 
 
-class SpaceFile(Section):
-    """What the file holds: the recipe to start from, and for each param a range or a list of choices."""
+class _SpaceFile(Section):
+    """The recipe to start from, and a range or a list of choices for each param to search."""
 
     recipe: str = SPECIFICATION
     params: dict[str, Any]
@@ -54,9 +56,9 @@ class SpaceFile(Section):
 
 @dataclass(frozen=True)
 class Space:
-    """The params to start from, and those to search by the names that DVC gives them.
+    """The params to start from, and a distribution for each param to search, by its name in DVC (`train.epochs`).
 
-    A choice is searched as the JSON that it is: it may be a list, and 1 is not true.
+    Optuna gets each choice as JSON text: a choice may be a list, and 1 differs from true.
     """
 
     name: str
@@ -66,123 +68,120 @@ class Space:
 
     @property
     def size(self) -> float:
-        """The number of points, infinite where a number is searched that is no integer."""
-        return math.prod(map(count, self.distributions.values()))
+        """The number of points, infinite if a float is searched."""
+        return math.prod(map(_number_of_values, self.distributions.values()))
 
     @property
     def description(self) -> dict[str, str]:
-        """What is searched, as text."""
+        """The distributions as text."""
         return {key: distribution_to_json(distribution) for key, distribution in self.distributions.items()}
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of the params at a point that Optuna has drawn."""
-        return {key: value_of(self.distributions[key], drawn[key]) for key in self.distributions}
+        """Return the params' values at a point that Optuna has drawn."""
+        return {key: _param_value(distribution, drawn[key]) for key, distribution in self.distributions.items()}
 
-    def at(self, values: Mapping[str, Any]) -> Params:
-        """Return the params with some values.
+    def params_at(self, values: Mapping[str, Any]) -> Params:
+        """Return the base params with other values for some.
 
         Raises:
-            ValidationError: a value is none that its param takes.
+            ValidationError: a param does not allow its value.
         """
         sections = self.base.model_dump()
         for key, value in values.items():
-            *parents, name = key.split(".")
-            section = sections
-            for parent in parents:
-                section = section[parent]
-            section[name] = value
+            nested = reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
+            sections = merge(sections, nested)
         return Params.model_validate(sections)
 
-    def trial_at(self, values: Mapping[str, Any]) -> Params:
-        """Return the params of a trial: one core, and images held out to be scored on."""
-        params = self.at(values)
+    def trial_params(self, values: Mapping[str, Any]) -> Params:
+        """Return the params of a trial: it takes one core and holds images out to be scored on."""
+        params = self.params_at(values)
         size = params.data.validation_size or VALIDATION_SIZE
-        return alone(params.model_copy(update={"data": params.data.model_copy(update={"validation_size": size})}))
+        return on_one_core(params.model_copy(update={"data": params.data.model_copy(update={"validation_size": size})}))
 
 
 def load_space(path: Path) -> Space:
-    """Read and check a space, the ends of each range and each choice included.
+    """Read a space and check it, including the limits of each range and each choice.
 
     Raises:
-        UserError: it is no YAML, has a key that does not belong there, or a value that its param does not take.
+        UserError: the file is absent or no YAML, has an unknown key, or a value that a param does not allow.
     """
     if not re.fullmatch(r"\w[\w-]*", path.stem) or path.stem == SPECIFICATION:
         raise UserError(f"{path}: its name becomes a recipe's, which is letters, digits, - and _, not {path.stem!r}")
     if not path.is_file():
         raise UserError(f"{path} is absent: it must name params to search, such as `params: {{train.epochs: [2, 4]}}`")
-    file = parse_section(SpaceFile, read_sections(path), f"{path}: ")
+    file = parse_section(_SpaceFile, read_sections(path), f"{path}: ")
     try:
-        base = load_params(overlay=overlay_of(file.recipe))
+        base = load_params(overlay=find_recipe(file.recipe))
     except UserError as error:
         raise UserError(f"{path}: recipe: {error}") from None
     if not file.params:
         raise UserError(f"{path}: params must name what to search, such as train.learning_rate, and is empty")
-    flat = flatten({section: getattr(base, section) for section in SECTIONS})
-    known = {key: value for key, value in flat.items() if key not in FIXED}
+    flat = flatten({section: getattr(base, section) for section in _SEARCHABLE})
+    known = {key: value for key, value in flat.items() if key not in _FIXED}
     for key in file.params:
         if key not in known:
             raise UserError(f"{path}: params.{key} is unknown: choose from {', '.join(known)}")
-    distributions = {key: parse_range(entry, known[key], f"{path}: params.{key}") for key, entry in file.params.items()}
+    distributions = {
+        key: _parse_entry(entry, known[key], f"{path}: params.{key}") for key, entry in file.params.items()
+    }
     space = Space(path.stem, file.recipe, base, distributions)
     for key, distribution in distributions.items():
-        for value in ends(distribution):
+        for value in _values_to_check(distribution):
             try:
-                space.at({key: value})
+                space.params_at({key: value})
             except ValidationError as error:
-                raise UserError(
-                    f"{path}: {'; '.join(explain_error(Params, each) for each in error.errors())}"
-                ) from None
+                wrong = "; ".join(explain_error(Params, each) for each in error.errors())
+                raise UserError(f"{path}: {wrong}") from None
     return space
 
 
-def parse_range(entry: object, current: object, where: str) -> BaseDistribution:
-    """Return what an entry of the file stands for, of a param that has some value now.
+def _parse_entry(entry: object, current: object, where: str) -> BaseDistribution:
+    """Return the distribution that an entry of the file describes; `current` is the param's value in the recipe.
 
     Raises:
-        UserError: it is neither a list of choices nor, for a number, a range.
+        UserError: the entry is neither a list of choices nor, for a number, a range.
     """
+    is_number = type(current) in (int, float)
     match entry:
         case [_, *_]:
             return CategoricalDistribution(list(dict.fromkeys(map(json.dumps, entry))))
-        case dict() if type(current) in (int, float):
-            limits = parse_section(Range, entry, f"{where}.")
+        case dict() if is_number:
+            limits = parse_section(_Range, entry, f"{where}.")
         case _:
-            number = " or a range such as {low: 1, high: 9}" if type(current) in (int, float) else ""
-            raise UserError(f"{where} must be a list of choices{number}, and is {describe_value(entry)}")
+            or_range = " or a range such as {low: 1, high: 9}" if is_number else ""
+            raise UserError(f"{where} must be a list of choices{or_range}, and is {describe_value(entry)}")
     if not limits.low < limits.high:
         raise UserError(f"{where}.high must be above low ({limits.low:g}), and is {limits.high:g}")
     if limits.log and limits.low <= 0:
         raise UserError(f"{where}.low must be above 0 with log, and is {limits.low:g}")
     if isinstance(current, float):
         return FloatDistribution(limits.low, limits.high, log=limits.log)
-    for name, end in (("low", limits.low), ("high", limits.high)):
-        if not end.is_integer():
-            raise UserError(f"{where}.{name} must be an integer, as the param is, and is {end:g}")
+    for name, limit in (("low", limits.low), ("high", limits.high)):
+        if not limit.is_integer():
+            raise UserError(f"{where}.{name} must be an integer, as the param is, and is {limit:g}")
     return IntDistribution(int(limits.low), int(limits.high), log=limits.log)
 
 
-def ends(distribution: BaseDistribution) -> list[Any]:
-    """Return both ends of a range, or all choices."""
+def _values_to_check(distribution: BaseDistribution) -> list[Any]:
+    """Return all choices, or both limits of a range: if a param allows these, it allows all in between."""
     match distribution:
         case CategoricalDistribution(choices=choices):
-            return [value_of(distribution, choice) for choice in choices]
+            return [_param_value(distribution, choice) for choice in choices]
         case FloatDistribution(low=low, high=high) | IntDistribution(low=low, high=high):
             return [low, high]
     return []
 
 
-def value_of(distribution: BaseDistribution, drawn: Any) -> Any:
-    """Return the value of a param that Optuna has drawn."""
+def _param_value(distribution: BaseDistribution, drawn: Any) -> Any:
     match distribution:
         case CategoricalDistribution():
             return json.loads(drawn)
         case FloatDistribution(low=low, high=high):
-            return min(max(float(f"{drawn:.{DIGITS}g}"), low), high)
+            return min(max(float(f"{drawn:.{_SIGNIFICANT_DIGITS}g}"), low), high)
     return drawn
 
 
-def count(distribution: BaseDistribution) -> float:
-    """Return how many values a distribution has."""
+def _number_of_values(distribution: BaseDistribution) -> float:
     match distribution:
         case CategoricalDistribution(choices=choices):
             return len(choices)

@@ -1,103 +1,120 @@
-"""A recipe trained from many seeds (`mnist study`)."""
+"""Train a recipe from many seeds (`mnist study`)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from tqdm import tqdm
 
 from mnist_pipeline.common.files import write_csv
 from mnist_pipeline.common.params import Params, load_params
 from mnist_pipeline.common.paths import MODEL, STUDIES
-from mnist_pipeline.experiments.places import open_place, workers
-from mnist_pipeline.experiments.recipes import overlay_of
-from mnist_pipeline.experiments.trial import VALIDATION_SIZE, Row, Trial, alone
+from mnist_pipeline.experiments.pool import TrialPool, open_pool
+from mnist_pipeline.experiments.recipes import find_recipe
+from mnist_pipeline.experiments.trial import VALIDATION_SIZE, StudyRow, on_one_core
 from mnist_pipeline.report.studies import MEASURES, VALIDATION_SUFFIX, Study, read_study_rows
 from mnist_pipeline.tracking.provenance import trace
-from mnist_pipeline.tracking.training_run import close_lost_runs, study_run
 
-# Columns of a study's table: what a row is made from, or what one seed has shown to give the same row.
-PARAMS, FINGERPRINT, EVALUATION = "params_sha256", "fingerprint", "evaluation_fingerprint"
+# Columns of a study's table that say what a row was made from.
+_PARAMS, _TRAINING, _EVALUATION = "params_sha256", "fingerprint", "evaluation_fingerprint"
 
 
-def study(name: str, seeds: int, validation: bool, ray: str | None = None) -> None:
-    """Train a recipe from the seeds 0, 1, 2, … and write each one's row to the study's table as soon as it is there.
+def study(recipe: str, seeds: int, validation: bool, ray_address: str | None = None) -> None:
+    """Train a recipe from the seeds 0, 1, 2, …; write each seed's row to the study's table as soon as it is there.
 
-    With `validation` it trains on some images less and scores on those; the test images are not looked at. A row that
-    is there, of the same params, data and code, is not made again. Where data or code have changed since, one seed is
-    trained again: if every figure of it comes out the same, so should the others', and their rows stay.
+    With `validation`, training images are held out and scored, and no test image is seen.
 
-    One process a core, each of one thread: they do more than one process of several threads. With `ray` they run in
-    the cluster at that address.
+    A row stays if its params, data and code are those of now. If only data or code changed since, one such seed is
+    trained again: if it gives the same figures, the other rows stay too, otherwise they go.
+
+    Each training runs in one process of one thread, as many at once as there are cores: this is faster than several
+    threads for each. With `ray_address` they run in that Ray cluster.
+
+    Raises:
+        UserError: there is no such recipe, a training failed, or the cluster cannot be used.
     """
-    table = STUDIES / f"{name}{VALIDATION_SUFFIX if validation else ''}.csv"
-    stages = ["train"] if validation else ["train", "evaluate"]
-    measures = ["monitor_accuracy"] if validation else MEASURES
-    known = {row["seed"]: row for row in read_study_rows(table)}
-    trials = {
-        str(params.seed): params for params in plan(name, max(seeds, *(int(seed) + 1 for seed in known), 0), validation)
-    }
-    origins = {seed: origin(params, stages) for seed, params in trials.items()}
-    rows = {
-        seed: row
-        for seed, row in known.items()
-        if row.get(PARAMS) == origins[seed][PARAMS] and {*measures, FINGERPRINT} <= row.keys()
-    }
-    changed = [seed for seed, row in rows.items() if not origins[seed].items() <= row.items()]
-    if len(rows) < len(known):
-        print(f"{table}: {len(known) - len(rows)} rows are of other params or measures, and go")
-
-    def write() -> None:
-        ordered = [rows[seed] for seed in trials if seed in rows]
-        write_csv(table, ordered)
-        print(f"{table}: {Study(name, ordered).summary(measures[0])}", flush=True)
-
-    with open_place(ray) as place, study_run(f"study {table.stem}") as parent:
-        with workers(place) as pool:
-
-            def train(seed: str) -> Row:
-                row = pool.run(Trial(f"{table.stem}-{seed}", trials[seed], stages, parent))
-                return {**(row or {}), **origins[seed]}
-
-            def train_all(seeds: Sequence[str]) -> Iterable[tuple[str, Row]]:
-                found = pool.map(train, seeds)
-                return tqdm(found, desc=table.stem, total=len(seeds), unit="training", disable=None if seeds else True)
-
-            for seed, row in train_all(changed[:1]):
-                same = figures(row) == figures(rows[seed])
-                print(
-                    f"{table}: data or code have changed, and seed {seed} {'comes out the same' if same else 'differs'}"
-                )
-                for other in changed:
-                    if same:
-                        rows[other] |= origins[other]
-                    else:
-                        del rows[other]
-                rows[seed] = row
-                write()
-            left = [seed for seed in list(trials)[:seeds] if seed not in rows]
-            for seed, row in train_all(left):
-                rows[seed] = row
-                write()
-            if not (changed or left):
-                write()
-        close_lost_runs(parent)
+    table = _StudyTable(recipe, seeds, validation)
+    outdated = table.outdated_seeds()
+    with open_pool(f"study {table.name}", ray_address) as pool:
+        for row in table.train(outdated[:1], pool):
+            table.renew(outdated, row)
+        missing = [seed for seed in range(seeds) if seed not in table.rows]
+        for row in table.train(missing, pool):
+            table.add(row)
+    if not (outdated or missing):
+        table.write()
 
 
-def origin(params: Params, stages: Sequence[str]) -> Row:
-    """Name what a row is made from, as columns of a study's table: params, and all that its stages read."""
-    training = trace("train", params)
-    names = {PARAMS: training.params_sha256, FINGERPRINT: training.fingerprint}
-    return names | (
-        {EVALUATION: trace("evaluate", params, without=[MODEL]).fingerprint} if "evaluate" in stages else {}
-    )
-
-
-def figures(row: Row) -> Row:
-    """Return what the same training gives again, to the last digit."""
-    return {name: value for name, value in row.items() if name not in {PARAMS, FINGERPRINT, EVALUATION, "seconds"}}
-
-
-def plan(name: str, seeds: int, validation: bool) -> list[Params]:
-    """Return the params of a study's trainings; the recipe `specification` is `params.yaml` as it is."""
-    params = load_params(overlay=overlay_of(name))
+def seed_params(recipe: str, seeds: int, validation: bool) -> list[Params]:
+    """Return the params of each seed's training."""
+    params = load_params(overlay=find_recipe(recipe))
     data = params.data.model_copy(update={"validation_size": VALIDATION_SIZE if validation else 0})
-    return [alone(params.model_copy(update={"seed": seed, "data": data})) for seed in range(seeds)]
+    return [on_one_core(params.model_copy(update={"seed": seed, "data": data})) for seed in range(seeds)]
+
+
+class _StudyTable:
+    """The rows of a study by their seeds, and their file. It starts with the file's rows that have the same params."""
+
+    def __init__(self, recipe: str, seeds: int, validation: bool) -> None:
+        self.name = f"{recipe}{VALIDATION_SUFFIX if validation else ''}"
+        self.path = STUDIES / f"{self.name}.csv"
+        self.stages = ["train"] if validation else ["train", "evaluate"]
+        self.measures = ["monitor_accuracy"] if validation else MEASURES
+        in_file = {int(row["seed"]): row for row in read_study_rows(self.path)}
+        self.params = seed_params(recipe, max(seeds, *(seed + 1 for seed in in_file), 0), validation)
+        self.origins = [self._origin(params) for params in self.params]
+        self.rows = {
+            seed: row
+            for seed, row in in_file.items()
+            if row.get(_PARAMS) == self.origins[seed][_PARAMS] and {*self.measures, _TRAINING} <= row.keys()
+        }
+        if dropped := len(in_file) - len(self.rows):
+            print(f"{self.path}: {dropped} rows have other params or measures and are dropped")
+
+    def _origin(self, params: Params) -> StudyRow:
+        """Return the columns that identify the params of a row and everything that its stages read."""
+        training = trace("train", params)
+        origin = {_PARAMS: training.params_sha256, _TRAINING: training.fingerprint}
+        if "evaluate" in self.stages:
+            origin[_EVALUATION] = trace("evaluate", params, without=[MODEL]).fingerprint
+        return origin
+
+    def outdated_seeds(self) -> list[int]:
+        """Return the seeds whose rows were made from other data or code."""
+        return [seed for seed, row in self.rows.items() if not self.origins[seed].items() <= row.items()]
+
+    def train(self, seeds: Sequence[int], pool: TrialPool) -> Iterator[StudyRow]:
+        """Train from some seeds and yield each one's row as soon as it is there."""
+
+        def train_seed(seed: int) -> StudyRow:
+            row = pool.run(f"{self.name}-{seed}", self.params[seed], self.stages)
+            return {**(row or {}), **self.origins[seed]}  # without a row the pool is stopping: nobody reads this
+
+        if seeds:
+            yield from tqdm(pool.map(train_seed, seeds), self.name, len(seeds), unit="training", disable=None)
+
+    def renew(self, outdated: Sequence[int], row: StudyRow) -> None:
+        """Keep the outdated rows if the one that was made again has the same figures; otherwise drop them."""
+        seed = int(row["seed"])
+        same = _figures(row) == _figures(self.rows[seed])
+        print(f"{self.path}: data or code have changed, and seed {seed} {'comes out the same' if same else 'differs'}")
+        for other in outdated:
+            if same:
+                self.rows[other] |= self.origins[other]
+            else:
+                del self.rows[other]
+        self.add(row)
+
+    def add(self, row: StudyRow) -> None:
+        """Add the row of a seed, or replace it, in the file too."""
+        self.rows[int(row["seed"])] = row
+        self.write()
+
+    def write(self) -> None:
+        """Write the file and print its summary."""
+        rows = [self.rows[seed] for seed in sorted(self.rows)]
+        write_csv(self.path, rows)
+        print(f"{self.path}: {Study(self.name, rows).summary(self.measures[0])}", flush=True)
+
+
+def _figures(row: StudyRow) -> StudyRow:
+    """Return the columns that the same training gives again, to the last digit."""
+    return {name: value for name, value in row.items() if name not in {_PARAMS, _TRAINING, _EVALUATION, "seconds"}}

@@ -1,15 +1,14 @@
-"""Search a space of params for the highest accuracy on held-out images (`mnist sweep`). No test image is seen.
+"""Search a space of params for the highest accuracy on held-out training images (`mnist sweep`). No test image is seen.
 
-Optuna draws the points (Tree-structured Parzen Estimator; Bergstra et al., NIPS 2011) and stops a trial whose curve is
-under the median of those before it (Golovin et al., KDD 2017). All that it knows is on disk after each step, so a sweep
-that was killed goes on, and with more trials it goes further.
+Optuna draws the points (Tree-structured Parzen Estimator; Bergstra et al., NIPS 2011) and stops a trial whose accuracy
+falls under the median of earlier trials (Golovin et al., KDD 2017). Its state is saved after each step, so a killed
+sweep resumes, and a sweep with more trials builds on the earlier ones.
 """
 
 import hashlib
 import json
 import threading
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,193 +24,176 @@ from mnist_pipeline.common.files import read_text, write_text
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import CHECKPOINTS, EXPERIMENTS
 from mnist_pipeline.common.tables import markdown_table
-from mnist_pipeline.experiments.places import Workers, open_place, workers
+from mnist_pipeline.experiments.pool import TrialPool, open_pool
 from mnist_pipeline.experiments.space import Space, load_space
-from mnist_pipeline.experiments.trial import Point, Trial, TrialError
+from mnist_pipeline.experiments.trial import EpochScore, TrialError
 from mnist_pipeline.tracking.provenance import trace
-from mnist_pipeline.tracking.training_run import close_lost_runs, study_run
 from mnist_pipeline.training.checkpoint import Checkpoint
 
-MARK = "# Found by `mnist sweep"  # begins the overlay of a winner: what does not begin so is not ours to replace
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # Optuna's FAIL is of a point that is drawn once more
-NUMBER, LOSS, FAILURE = "number", "monitor_loss", "failure"  # what is kept of a trial besides its curve
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
+_MARK = "# Found by `mnist sweep"  # begins each recipe that a sweep wrote: other files are never replaced
+_ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # a trial that Optuna calls FAIL is drawn again
+_NUMBER, _LOSS, _FAILURE = "number", "monitor_loss", "failure"  # what Optuna keeps of a trial besides its curve
 
 
-def sweep(path: Path, trials: int, ray: str | None = None) -> None:
-    """Run trials in a space, until there are as many as asked for, and write the winner as a recipe.
+def sweep(path: Path, trials: int, ray_address: str | None = None) -> None:
+    """Run trials in a space until there are as many as asked for, and write the best one as a recipe.
 
     Raises:
-        UserError: the space is wrong, the recipe's name is taken, the cluster cannot be used, or no trial ended well.
+        UserError: the space is wrong, the recipe's name is taken, the cluster cannot be used, or no trial succeeded.
     """
     space = load_space(path)
-    winner = EXPERIMENTS / f"{space.name}.yaml"
-    if winner.exists() and not read_text(winner).startswith(MARK):
-        raise UserError(
-            f"{winner} is there and no sweep's winner: give {path} another name, which becomes the recipe's"
-        )
-    with alone_at(space):
-        search = Search(space)
+    recipe = EXPERIMENTS / f"{space.name}.yaml"
+    if recipe.exists() and not read_text(recipe).startswith(_MARK):
+        raise UserError(f"{recipe} was not written by a sweep: give {path} another name, which becomes the recipe's")
+    CHECKPOINTS.mkdir(exist_ok=True)
+    try:
+        lock = FileLock(CHECKPOINTS / f"sweep-{space.name}.lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process is running the sweep {space.name}: wait until it ends") from None
+    with lock:
+        search = _Search(space)
         total = int(min(trials, space.size))
         if total < trials:
             print(f"{path} has {total} points: each is tried once")
-        left = total - len(search.ended())
+        left = total - len(search.ranked_trials())
         if left > 0:
-            with open_place(ray) as place, study_run(f"sweep {space.name}") as parent:
-                print(
-                    f"{total - left} of {total} trials are there, of this space, data and code; {place[0]} run at once"
-                )
-                with workers(place) as pool:
-                    said = pool.map(lambda _: search.run_trial(pool, parent), range(left))
-                    for _, line in tqdm(said, desc=space.name, total=left, unit="trial", disable=None):
-                        print(line, flush=True)
-                close_lost_runs(parent)
+            with open_pool(f"sweep {space.name}", ray_address) as pool:
+                print(f"{total - left} of {total} trials with this space, data and code exist; {pool.size} run at once")
+                lines = pool.map(lambda _: search.try_next_point(pool), range(left))
+                for line in tqdm(lines, space.name, left, unit="trial", disable=None):
+                    print(line, flush=True)
     print(search.table())
-    if not (complete := [trial for trial in search.ended() if trial.state == TrialState.COMPLETE]):
-        raise UserError(f"none of {total} trials ended well, so there is no winner")
-    best = max(complete, key=lambda trial: (trial.value, -trial.user_attrs[LOSS]))
-    write_winner(winner, space, search, best)
-    print(f"{winner} is trial {search.name_of(best)}. Next: mnist experiment {space.name}")
+    best = search.ranked_trials()[0]
+    if best.state != TrialState.COMPLETE:
+        raise UserError(f"none of {total} trials succeeded, so no recipe is written")
+    _write_recipe(recipe, search, best)
+    print(f"{recipe} is trial {search.name_of(best)}. Next: mnist experiment {space.name}")
 
 
-@contextmanager
-def alone_at(space: Space) -> Generator[None]:
-    """Hold the sweeps of a name for the block.
-
-    Raises:
-        UserError: another process has them.
-    """
-    CHECKPOINTS.mkdir(exist_ok=True)
-    try:
-        with FileLock(CHECKPOINTS / f"sweep-{space.name}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise UserError(f"the sweep {space.name} is under way in another process: wait for it") from None
-
-
-class Search:
-    """Optuna's study of one space with the same data, code and other params, in a database beside the checkpoints."""
+class _Search:
+    """Optuna's study of one space, with one state of data, code and other params; its database is in `.checkpoints`."""
 
     def __init__(self, space: Space) -> None:
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.space = space
         self.lock = threading.Lock()
-        base = trace("train", space.trial_at({})).fingerprint
+        base = trace("train", space.trial_params({})).fingerprint
         fingerprint = hashlib.sha256(json.dumps([base, space.description]).encode()).hexdigest()
         database = CHECKPOINTS / f"sweep-{space.name}.db"
         try:
             self.study = optuna.create_study(
                 storage=f"sqlite:///{database}", study_name=fingerprint, direction="maximize", load_if_exists=True
             )
-        except Exception as error:  # whatever SQLAlchemy, Alembic and the disk raise
+        except Exception as error:  # SQLAlchemy's, Alembic's or the disk's
             raise UserError(f"{database} cannot be used ({str(error).splitlines()[0]}): move it away") from None
         self.study.pruner = optuna.pruners.MedianPruner()
-        for trial in self.study.get_trials(states=[TrialState.RUNNING]):  # when a process before us was killed
+        for trial in self.study.get_trials(states=[TrialState.RUNNING]):  # a killed process left it
             self.study.enqueue_trial(trial.params, trial.user_attrs)
             self.study.tell(trial.number, state=TrialState.FAIL)
 
-    def ended(self) -> list[FrozenTrial]:
-        """Return the trials that are done, by their numbers."""
-        ended = self.study.get_trials(deepcopy=False, states=ENDED)
-        return sorted(ended, key=lambda trial: int(trial.user_attrs[NUMBER]))
+    def ranked_trials(self) -> list[FrozenTrial]:
+        """Return the trials that have ended, the best first: by accuracy, then by loss."""
+
+        def rank(trial: FrozenTrial) -> tuple[bool, float, float]:
+            return trial.state != TrialState.COMPLETE, -(trial.value or 0), trial.user_attrs.get(_LOSS, 0)
+
+        return sorted(self.study.get_trials(deepcopy=False, states=_ENDED), key=rank)
 
     def name_of(self, trial: FrozenTrial | optuna.Trial) -> str:
-        """Return a trial's name, also in MLflow, which it keeps when it is run again."""
-        return f"{self.space.name}-{trial.user_attrs[NUMBER]}"
+        """Return a trial's name, in MLflow too. A trial that is run again keeps it."""
+        return f"{self.space.name}-{trial.user_attrs[_NUMBER]}"
 
-    def draw(self) -> optuna.Trial:
-        """Draw the next point: one that was left running, else one that no trial has.
+    def draw_trial(self) -> optuna.Trial:
+        """Draw the next point: one that was left running, otherwise a new one.
 
-        What is drawn depends on the seed, the number of draws and the trials before it alone: a sweep that was killed
-        does not draw again what it drew first.
+        It depends only on the seed, the number of draws and the earlier trials, so a resumed sweep does not repeat its
+        first draws.
         """
         sampler: type[optuna.samplers.BaseSampler] = optuna.samplers.TPESampler
         while True:
-            before = self.study.get_trials(deepcopy=False)
-            others = [trial for trial in before if trial.state in (*ENDED, TrialState.RUNNING)]
-            seed = np.random.SeedSequence([self.space.base.seed, len(before)])
+            drawn = self.study.get_trials(deepcopy=False)
+            tried = [self.space.values(trial.params) for trial in drawn if trial.state in (*_ENDED, TrialState.RUNNING)]
+            seed = np.random.SeedSequence([self.space.base.seed, len(drawn)])
             self.study.sampler = sampler(seed=int(seed.generate_state(1)[0]))  # type: ignore[call-arg]
             trial = self.study.ask(dict(self.space.distributions))
-            if self.space.values(trial.params) not in [self.space.values(other.params) for other in others]:
-                if NUMBER not in trial.user_attrs:
-                    trial.set_user_attr(NUMBER, len({other.user_attrs.get(NUMBER) for other in before} - {None}))
+            if self.space.values(trial.params) not in tried:
+                if _NUMBER not in trial.user_attrs:
+                    trial.set_user_attr(_NUMBER, len({other.user_attrs.get(_NUMBER) for other in drawn} - {None}))
                 return trial
             self.study.tell(trial, state=TrialState.FAIL)
-            sampler = optuna.samplers.RandomSampler  # where points are few, the best is drawn over and over
+            sampler = optuna.samplers.RandomSampler  # in a small space, TPE draws the best point over and over
 
-    def run_trial(self, pool: Workers, parent: str | None) -> str:
-        """Run the next trial and say in a line what came of it."""
+    def try_next_point(self, pool: TrialPool) -> str:
+        """Run the next trial and say in a line how it ended."""
         with self.lock:
-            trial = self.draw()
-        params = self.space.trial_at(self.space.values(trial.params))
-        seen = set()
-        comparable = "train.epochs" not in self.space.distributions  # a longer schedule lies lower, and ends higher
+            trial = self.draw_trial()
+        name, params = self.name_of(trial), self.space.trial_params(self.space.values(trial.params))
+        # Schedules of different lengths cannot be compared half way: a longer one is lower there and higher at the end.
+        comparable = "train.epochs" not in self.space.distributions
+        reported = set()
 
-        def hopeless(point: Point) -> bool:
-            if point.epoch in seen:  # its node died, and it runs again
+        def is_hopeless(score: EpochScore) -> bool:
+            if score.epoch in reported:  # its node died and it runs again
                 return False
-            seen.add(point.epoch)
+            reported.add(score.epoch)
             with self.lock:
-                trial.report(point.accuracy, point.epoch)
-                return comparable and point.epoch < params.train.epochs and trial.should_prune()
+                trial.report(score.accuracy, score.epoch)
+                return comparable and score.epoch < params.train.epochs and trial.should_prune()
 
         try:
-            row = pool.run(Trial(self.name_of(trial), params, ["train"], parent), hopeless)
-        except TrialError as error:  # such as one that diverges: Optuna avoids where it was
+            row = pool.run(name, params, ["train"], is_hopeless)
+        except TrialError as error:  # for example, its loss diverged: Optuna learns to avoid the point
             with self.lock:
-                trial.set_user_attr(FAILURE, str(error))
-                return self.end(trial, TrialState.PRUNED)
+                trial.set_user_attr(_FAILURE, str(error))
+                return self._end(trial, TrialState.PRUNED)
         if pool.stopping.is_set() and row is None:
-            return f"{self.name_of(trial)} is interrupted"
+            return f"{name} is interrupted"
         with self.lock:
             if row is None:
                 Checkpoint(trace("train", params).fingerprint).remove()
-                return self.end(trial, TrialState.PRUNED)
-            trial.set_user_attr(LOSS, float(row[LOSS]))
-            return self.end(trial, TrialState.COMPLETE, float(row["monitor_accuracy"]))
+                return self._end(trial, TrialState.PRUNED)
+            trial.set_user_attr(_LOSS, float(row[_LOSS]))
+            return self._end(trial, TrialState.COMPLETE, float(row["monitor_accuracy"]))
 
-    def end(self, trial: optuna.Trial, state: TrialState, accuracy: float | None = None) -> str:
-        """Keep how a trial ended, and say it."""
+    def _end(self, trial: optuna.Trial, state: TrialState, accuracy: float | None = None) -> str:
         ended = self.study.tell(trial, accuracy, state)
         values = ", ".join(f"{key} {value}" for key, value in self.space.values(ended.params).items())
-        return f"{self.name_of(trial)}: {outcome(ended)} ({values})"
+        return f"{self.name_of(trial)}: {_outcome(ended)} ({values})"
 
     def table(self) -> str:
-        """Return a table in Markdown of all trials, the best first."""
+        """Return a Markdown table of all trials, the best first."""
         header = ["trial", "validation accuracy", "loss", *self.space.distributions, "end"]
         rows = []
-        for trial in sorted(self.ended(), key=lambda one: (one.state != TrialState.COMPLETE, -(one.value or 0))):
+        for trial in self.ranked_trials():
             complete = trial.state == TrialState.COMPLETE
-            scores = [f"{trial.value:.2%}", f"{trial.user_attrs[LOSS]:.4f}"] if complete else ["", ""]
+            scores = [f"{trial.value:.2%}", f"{trial.user_attrs[_LOSS]:.4f}"] if complete else ["", ""]
             values = map(str, self.space.values(trial.params).values())
-            rows.append([self.name_of(trial), *scores, *values, "" if complete else outcome(trial)])
+            rows.append([self.name_of(trial), *scores, *values, "" if complete else _outcome(trial)])
         return markdown_table(header, rows)
 
 
-def outcome(trial: FrozenTrial) -> str:
-    """Say how a trial ended."""
-    if FAILURE in trial.user_attrs:
-        return str(trial.user_attrs[FAILURE])
+def _outcome(trial: FrozenTrial) -> str:
+    if _FAILURE in trial.user_attrs:
+        return str(trial.user_attrs[_FAILURE])
     if trial.state == TrialState.COMPLETE:
-        return f"{trial.value:.2%}, loss {trial.user_attrs[LOSS]:.4f}"
+        return f"{trial.value:.2%}, loss {trial.user_attrs[_LOSS]:.4f}"
     epoch, accuracy = max(trial.intermediate_values.items())
     return f"stopped after epoch {epoch} at {accuracy:.2%}"
 
 
-def write_winner(path: Path, space: Space, search: Search, best: FrozenTrial) -> None:
-    """Write the params of a trial as a recipe: what differs from `params.yaml`."""
-    images = space.trial_at({}).data.validation_size
-    overlay = difference(space.at(space.values(best.params)).model_dump(), load_params().model_dump())
-    said = (
-        f"{outcome(best)}, on {images:,} images held out; {len(search.ended())} trials from the recipe {space.recipe}"
-    )
-    write_text(path, f"{MARK} {space.name}`: {said}.\n{yaml.safe_dump(overlay, sort_keys=False)}")
+def _write_recipe(path: Path, search: _Search, best: FrozenTrial) -> None:
+    """Write the params of a trial that differ from `params.yaml`."""
+    space, trials = search.space, len(search.ranked_trials())
+    overlay = _differing(space.params_at(space.values(best.params)).model_dump(), load_params().model_dump())
+    images = space.trial_params({}).data.validation_size
+    score = f"{_outcome(best)}, on {images:,} images held out; {trials} trials from the recipe {space.recipe}"
+    write_text(path, f"{_MARK} {space.name}`: {score}.\n{yaml.safe_dump(overlay, sort_keys=False)}")
 
 
-def difference(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values that differ from others of the same names."""
+def _differing(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested values that differ from others with the same names."""
     return {
-        key: difference(value, others[key]) if isinstance(value, Mapping) else value
+        key: _differing(value, others[key]) if isinstance(value, Mapping) else value
         for key, value in values.items()
         if value != others[key]
     }
