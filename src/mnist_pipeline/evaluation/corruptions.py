@@ -1,13 +1,13 @@
-"""A suite of corruptions: each makes images harder to read in its own way, and a person still reads nearly all.
+"""Sixteen corruptions: each makes images harder to read in its own way, and a person still reads nearly all of them.
 
-It follows MNIST-C (Mu and Gilmer, arXiv:1906.02337). The functions take images (N, 28, 28) of 0..1, bright on dark,
-and a generator to draw from, which draws for one image after another, so that an image becomes the same whatever
-follows it. How strong a corruption is stands in its default argument.
+They follow MNIST-C (Mu and Gilmer, arXiv:1906.02337). Each function takes images (N, 28, 28) of 0..1, bright on dark,
+and a generator of random numbers; its default argument sets the strength. It draws the numbers image by image, so an
+image's corruption does not depend on the images that follow it.
 """
 
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,53 +18,48 @@ from mnist_pipeline.data.digits import SIDE, Digits
 
 BATCH_SIZE = 1000  # images; bounds memory
 
-Function = Callable[[Tensor, Generator], Tensor]
-
-# The place of each pixel, from the middle of the image to the right and down.
-X = (torch.arange(SIDE) - (SIDE - 1) / 2).expand(SIDE, SIDE)
-Y = X.T
+# Each pixel's distance from the middle of the image, to the right and down.
+_X = (torch.arange(SIDE) - (SIDE - 1) / 2).expand(SIDE, SIDE)
+_Y = _X.T
 
 
 @dataclass(frozen=True)
 class Corruption:
-    """A corruption by its name, and whether it is `geometric`, moving what is drawn, or `non-geometric`."""
+    """A corruption; its family is `geometric` if it moves what is drawn, else `non-geometric`."""
 
     name: str
     family: str
-    function: Function
+    function: Callable[[Tensor, Generator], Tensor]
 
     def apply(self, digits: Digits) -> Digits:
-        """Return corrupted digits with the same labels, the same at each call.
-
-        The seed is the name's, so no other corruption has a part in it.
-        """
+        """Return corrupted digits with the same labels, the same at each call: the seed comes from the name."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         batches = [self.function(pixels / 255, generator) for pixels in digits.pixels.split(BATCH_SIZE)]
         pixels = torch.cat([(255 * batch.clamp(0, 1)).round().to(torch.uint8) for batch in batches])
         return Digits(pixels, digits.labels)
 
 
-def uniform(images: Tensor, generator: Generator, *shape: int) -> Tensor:
-    """Draw numbers of 0..1 for each image (N, *shape)."""
+def _draw_uniform(images: Tensor, generator: Generator, *shape: int) -> Tensor:
+    """Draw numbers of 0..1, (N, *shape)."""
     return torch.rand(len(images), *shape, generator=generator)
 
 
-def either_way(images: Tensor, generator: Generator, *shape: int) -> Tensor:
-    """Draw -1 or 1 for each image (N, *shape), ready to stand before its pixels."""
-    return uniform(images, generator, *shape, 1, 1).round() * 2 - 1
+def _draw_signs(images: Tensor, generator: Generator, *shape: int) -> Tensor:
+    """Draw -1 or 1, (N, *shape, 1, 1): the last two axes broadcast over an image's pixels."""
+    return _draw_uniform(images, generator, *shape, 1, 1).round() * 2 - 1
 
 
-def sample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Return images whose pixels come from the places (x, y) of others, in pixels from the middle.
+def _resample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Take each pixel from the place (x, y) of its image, in pixels from the middle.
 
-    Between pixels it interpolates bilinearly; what comes from outside is black.
+    It interpolates between pixels bilinearly; outside the image all is black.
     """
     places = torch.stack(torch.broadcast_tensors(x, y), dim=-1).expand(len(images), SIDE, SIDE, 2) * (2 / SIDE)
     return F.grid_sample(images.unsqueeze(1), places, align_corners=False).squeeze(1)
 
 
-def smooth(images: Tensor, sigma: float) -> Tensor:
-    """Convolve images (N, 28, 28) with a Gaussian of a standard deviation in pixels."""
+def _smooth(images: Tensor, sigma: float) -> Tensor:
+    """Convolve images (N, 28, 28) with a Gaussian whose standard deviation is `sigma` pixels."""
     distances = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
     weights = torch.exp(-(distances**2) / (2 * sigma**2))
     weights = (weights / weights.sum()).view(1, 1, 1, -1)
@@ -73,42 +68,42 @@ def smooth(images: Tensor, sigma: float) -> Tensor:
 
 
 def rotate(images: Tensor, generator: Generator, degrees: float = 25) -> Tensor:
-    """Turn each image either way."""
-    angle = either_way(images, generator) * math.radians(degrees)
-    return sample(images, X * angle.cos() - Y * angle.sin(), X * angle.sin() + Y * angle.cos())
+    """Turn each image clockwise or anticlockwise."""
+    angle = _draw_signs(images, generator) * math.radians(degrees)
+    return _resample(images, _X * angle.cos() - _Y * angle.sin(), _X * angle.sin() + _Y * angle.cos())
 
 
 def translate(images: Tensor, generator: Generator, pixels: float = 2) -> Tensor:
     """Move each image left or right, and up or down."""
-    across, down = either_way(images, generator, 2).unbind(1)
-    return sample(images, X + pixels * across, Y + pixels * down)
+    across, down = _draw_signs(images, generator, 2).unbind(1)
+    return _resample(images, _X + pixels * across, _Y + pixels * down)
 
 
 def shrink(images: Tensor, generator: Generator, factor: float = 0.65) -> Tensor:
     """Make each digit smaller."""
-    return sample(images, X / factor, Y / factor)
+    return _resample(images, _X / factor, _Y / factor)
 
 
 def shear(images: Tensor, generator: Generator, slope: float = 0.7) -> Tensor:
-    """Slant each image either way, by `slope` pixels sideways a pixel down."""
-    return sample(images, X + slope * either_way(images, generator) * Y, Y)
+    """Slant each image to the left or the right, by `slope` pixels for each pixel down."""
+    return _resample(images, _X + slope * _draw_signs(images, generator) * _Y, _Y)
 
 
 def tilt(images: Tensor, generator: Generator, strength: float = 0.5) -> Tensor:
-    """Show each image in perspective: its left or its right side goes back and gets smaller."""
-    nearness = (1 + strength * either_way(images, generator) * X / (SIDE / 2)) / (1 + strength)
-    return sample(images, X / nearness, Y / nearness)
+    """Show each image in perspective: its left or its right side is farther away, so smaller."""
+    nearness = (1 + strength * _draw_signs(images, generator) * _X / (SIDE / 2)) / (1 + strength)
+    return _resample(images, _X / nearness, _Y / nearness)
 
 
 def deform(images: Tensor, generator: Generator, pixels: float = 1.5, sigma: float = 3) -> Tensor:
-    """Move each pixel its own way, its neighbours much the same (elastic deformation).
+    """Move each pixel at random, neighbours much alike (elastic deformation).
 
-    `pixels` is the standard deviation of a move either way, `sigma` how far neighbours share it. Source: Simard,
-    Steinkraus and Platt, Best Practices for Convolutional Neural Networks (2003).
+    `pixels` is the standard deviation of the moves along each axis, `sigma` how far neighbours share them. Source:
+    Simard, Steinkraus and Platt, Best Practices for Convolutional Neural Networks (2003).
     """
     noise = torch.randn(len(images), 2, SIDE, SIDE, generator=generator)
-    moves = smooth(noise.flatten(0, 1), sigma).view_as(noise) * (pixels * 2 * sigma * math.sqrt(math.pi))
-    return sample(images, X + moves[:, 0], Y + moves[:, 1])
+    moves = _smooth(noise.flatten(0, 1), sigma).view_as(noise) * (pixels * 2 * sigma * math.sqrt(math.pi))
+    return _resample(images, _X + moves[:, 0], _Y + moves[:, 1])
 
 
 def add_gaussian_noise(images: Tensor, generator: Generator, deviation: float = 0.15) -> Tensor:
@@ -117,21 +112,21 @@ def add_gaussian_noise(images: Tensor, generator: Generator, deviation: float = 
 
 
 def add_impulse_noise(images: Tensor, generator: Generator, share: float = 0.06) -> Tensor:
-    """Make a share of the pixels black or white."""
-    drawn = uniform(images, generator, SIDE, SIDE)
+    """Make a share of the pixels black or white, half of it each."""
+    drawn = _draw_uniform(images, generator, SIDE, SIDE)
     return images.masked_fill(drawn < share, 0).masked_fill(drawn < share / 2, 1)
 
 
 def blur(images: Tensor, generator: Generator, sigma: float = 1.25) -> Tensor:
     """Blur each image, as a lens out of focus does."""
-    return smooth(images, sigma)
+    return _smooth(images, sigma)
 
 
 def blur_by_motion(images: Tensor, generator: Generator, pixels: int = 5) -> Tensor:
-    """Blur each image along a line of so many pixels, in a direction of its own."""
-    angle = math.pi * uniform(images, generator, 1, 1)
+    """Blur each image along a line of `pixels`, in a random direction."""
+    angle = math.pi * _draw_uniform(images, generator, 1, 1)
     steps = range(-(pixels // 2), pixels // 2 + 1)
-    return torch.stack([sample(images, X + step * angle.cos(), Y + step * angle.sin()) for step in steps]).mean(0)
+    return torch.stack([_resample(images, _X + step * angle.cos(), _Y + step * angle.sin()) for step in steps]).mean(0)
 
 
 def lower_contrast(images: Tensor, generator: Generator, factor: float = 0.4) -> Tensor:
@@ -141,61 +136,54 @@ def lower_contrast(images: Tensor, generator: Generator, factor: float = 0.4) ->
 
 
 def add_fog(images: Tensor, generator: Generator, density: float = 0.25) -> Tensor:
-    """Lay light over each image, in clouds."""
-    clouds = F.interpolate(uniform(images, generator, 1, 6, 6), SIDE, mode="bicubic").squeeze(1).clamp(0, 1)
+    """Brighten each image in clouds."""
+    clouds = F.interpolate(_draw_uniform(images, generator, 1, 6, 6), SIDE, mode="bicubic").squeeze(1).clamp(0, 1)
     return images + density * clouds * (1 - images)
 
 
 def add_stripe(images: Tensor, generator: Generator, pixels: float = 2) -> Tensor:
-    """Invert a vertical stripe somewhere in the middle half of each image."""
-    middle = (uniform(images, generator, 1, 1) - 0.5) * SIDE / 2
-    return torch.where((X - middle).abs() < pixels / 2, 1 - images, images)
+    """Invert a vertical stripe of each image, somewhere in its middle half."""
+    middle = (_draw_uniform(images, generator, 1, 1) - 0.5) * SIDE / 2
+    return torch.where((_X - middle).abs() < pixels / 2, 1 - images, images)
 
 
 def occlude(images: Tensor, generator: Generator, pixels: float = 6) -> Tensor:
-    """Lay a black square over each image, its middle somewhere in the middle third."""
-    across, down = ((uniform(images, generator, 2, 1, 1) - 0.5) * SIDE / 3).unbind(1)
-    hidden = ((X - across).abs() < pixels / 2) & ((Y - down).abs() < pixels / 2)
+    """Hide a square of each image in black; its centre is somewhere in the middle third."""
+    across, down = ((_draw_uniform(images, generator, 2, 1, 1) - 0.5) * SIDE / 3).unbind(1)
+    hidden = ((_X - across).abs() < pixels / 2) & ((_Y - down).abs() < pixels / 2)
     return images.masked_fill(hidden, 0)
 
 
 def add_dotted_line(images: Tensor, generator: Generator, width: float = 2) -> Tensor:
     """Draw a straight dotted line across each image, near the middle."""
-    angle, offset = uniform(images, generator, 2, 1, 1).unbind(1)
+    angle, offset = _draw_uniform(images, generator, 2, 1, 1).unbind(1)
     angle, offset = math.pi * angle, (offset - 0.5) * SIDE / 2
-    along, aside = X * angle.cos() + Y * angle.sin(), Y * angle.cos() - X * angle.sin()
+    along, aside = _X * angle.cos() + _Y * angle.sin(), _Y * angle.cos() - _X * angle.sin()
     dots = ((aside - offset).abs() < width / 2) & (along % (2 * width) < width)
     return images.masked_fill(dots, 1)
 
 
 def thicken(images: Tensor, generator: Generator, pixels: int = 4) -> Tensor:
-    """Let each pixel become the brightest of a square around it (dilation)."""
+    """Give each pixel the brightest value of the square around it (dilation)."""
     around = F.pad(images, ((pixels - 1) // 2, pixels // 2) * 2, mode="replicate")
     return F.max_pool2d(around, pixels, stride=1)
 
 
-GEOMETRIC: Mapping[str, Function] = {
-    "rotation": rotate,
-    "translation": translate,
-    "shrinking": shrink,
-    "shear": shear,
-    "perspective": tilt,
-    "elastic deformation": deform,
-}
-NON_GEOMETRIC: Mapping[str, Function] = {
-    "Gaussian noise": add_gaussian_noise,
-    "impulse noise": add_impulse_noise,
-    "blur": blur,
-    "motion blur": blur_by_motion,
-    "low contrast": lower_contrast,
-    "fog": add_fog,
-    "stripe": add_stripe,
-    "occlusion": occlude,
-    "dotted line": add_dotted_line,
-    "thick strokes": thicken,
-}
 CORRUPTIONS = [
-    Corruption(name, family, function)
-    for family, functions in {"geometric": GEOMETRIC, "non-geometric": NON_GEOMETRIC}.items()
-    for name, function in functions.items()
+    Corruption("rotation", "geometric", rotate),
+    Corruption("translation", "geometric", translate),
+    Corruption("shrinking", "geometric", shrink),
+    Corruption("shear", "geometric", shear),
+    Corruption("perspective", "geometric", tilt),
+    Corruption("elastic deformation", "geometric", deform),
+    Corruption("Gaussian noise", "non-geometric", add_gaussian_noise),
+    Corruption("impulse noise", "non-geometric", add_impulse_noise),
+    Corruption("blur", "non-geometric", blur),
+    Corruption("motion blur", "non-geometric", blur_by_motion),
+    Corruption("low contrast", "non-geometric", lower_contrast),
+    Corruption("fog", "non-geometric", add_fog),
+    Corruption("stripe", "non-geometric", add_stripe),
+    Corruption("occlusion", "non-geometric", occlude),
+    Corruption("dotted line", "non-geometric", add_dotted_line),
+    Corruption("thick strokes", "non-geometric", thicken),
 ]

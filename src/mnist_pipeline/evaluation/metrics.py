@@ -15,15 +15,15 @@ from mnist_pipeline.data.digits import CLASSES, Digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.model.inference import predict, score
 
-BIN_COUNT = 15
-SCORES = ("accuracy", "loss", "calibration_error")  # what is measured under each corruption
+BIN_COUNT = 15  # bins of equal width between 0 and 1, as in Guo et al., arXiv:1706.04599
+SCORES = ("accuracy", "loss", "calibration_error")  # measured under each corruption
 
 
 def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
-    """Return loss (nats an image), accuracy and counts, over all images and for each class, and calibration error.
+    """Return the loss (nats an image), the accuracy, overall and by class, the counts and the calibration error.
 
-    `log_probabilities` are (N, 10), `labels` (N,) with some of each class. The images at the places `disputed` are left
-    out of the undisputed accuracy.
+    `log_probabilities` are (N, 10), `labels` (N,) with at least one of each class. The undisputed accuracy leaves out
+    the images at the indices `disputed`.
     """
     right = log_probabilities.argmax(dim=1) == labels
     total = score(log_probabilities, labels)
@@ -42,24 +42,21 @@ def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequenc
 
 
 def calibration_bins(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """Return, for each bin of confidence that has images, how many, how sure the network was and how often right.
-
-    The bins are fifteen of equal width between 0 and 1 (Guo et al., arXiv:1706.04599).
-    """
+    """Return a row for each bin of confidence that has images: their number, mean confidence and accuracy."""
     confidence, prediction = log_probabilities.double().exp().max(dim=1)
-    places = (confidence * BIN_COUNT).ceil().clamp(1, BIN_COUNT)
+    bins = (confidence * BIN_COUNT).ceil().clamp(1, BIN_COUNT)
     return [
         {
-            "images": int((members := places == place).sum()),
+            "images": int((members := bins == number).sum()),
             "confidence": confidence[members].mean().item(),
             "accuracy": (prediction == labels)[members].double().mean().item(),
         }
-        for place in places.unique()  # sorted
+        for number in bins.unique()  # sorted
     ]
 
 
 def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
-    """Return the expected calibration error: how far confidence and accuracy of a bin are apart, mean over images."""
+    """Return the expected calibration error: the mean over images of |accuracy - confidence| of their bin."""
     images = sum(row["images"] for row in bins)
     return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / images
 
@@ -67,9 +64,9 @@ def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
 def measure_robustness(
     model: nn.Module, digits: Digits, normalization: Normalization, batch_size: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return a row for each corruption: how the network, on the device, reads the digits corrupted by it.
+    """Return a row for each corruption: the scores of a network, which is on the device, on the corrupted digits.
 
-    One corrupted copy of the digits is held at a time.
+    Memory holds one corrupted copy of the digits at a time.
     """
     rows = []
     for corruption in tqdm(CORRUPTIONS, desc="Corrupting", unit="corruption", delay=2, leave=False, disable=None):
@@ -77,22 +74,22 @@ def measure_robustness(
         log_probabilities = predict(model, images, batch_size)
         total = score(log_probabilities, labels)
         error = calibration_error(calibration_bins(log_probabilities, labels))
-        found = dict(zip(SCORES, (total.accuracy, total.loss, error), strict=True))
-        rows.append({"corruption": corruption.name, "family": corruption.family, **found})
+        scores = dict(zip(SCORES, (total.accuracy, total.loss, error), strict=True))
+        rows.append({"corruption": corruption.name, "family": corruption.family, **scores})
     return rows
 
 
 def family_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, for each family of corruptions, the means over its rows, which follow one another."""
+    """Return the mean scores of each family of corruptions, whose rows follow one another."""
     families = {family: list(members) for family, members in groupby(rows, key=lambda row: row["family"])}
     return {
-        family: {measure: statistics.mean(row[measure] for row in members) for measure in SCORES}
+        family: {name: statistics.mean(row[name] for row in members) for name in SCORES}
         for family, members in families.items()
     }
 
 
 def corrupted_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean accuracy of each family of corruptions under the name of its metric."""
+    """Return the mean accuracy of each family of corruptions under its metric's name."""
     return {
         f"test_corrupted_{family.replace('-', '_')}_accuracy": means["accuracy"]
         for family, means in family_means(rows).items()
@@ -100,15 +97,9 @@ def corrupted_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def prediction_rows(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, object]]:
-    """Return a row for each image: its place in the test file, its label, the prediction and its probability."""
-    probability, prediction = log_probabilities.exp().max(dim=1)
-    rows = zip(labels.tolist(), prediction.tolist(), probability.tolist(), strict=True)
+    """Return a row for each image: its index in the test file, label, prediction and the prediction's probability."""
+    found = zip(labels.tolist(), *(each.tolist() for each in log_probabilities.exp().max(dim=1)), strict=True)
     return [
-        {
-            "index": index,
-            "label": label,
-            "prediction": predicted,
-            "probability": f"{confidence:.6f}",
-        }
-        for index, (label, predicted, confidence) in enumerate(rows)
+        {"index": index, "label": label, "prediction": prediction, "probability": f"{probability:.6f}"}
+        for index, (label, probability, prediction) in enumerate(found)
     ]

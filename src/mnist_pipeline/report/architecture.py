@@ -1,4 +1,4 @@
-"""The network's layers as they are, read off the module: shapes, parameters, receptive fields."""
+"""The network's layers, read off the module: shapes, parameters, receptive fields."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from mnist_pipeline.model.inference import evaluation_mode
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of the network as an image passes through it.
+    """One layer of the network.
 
-    Shapes are those of one image, without the batch. The receptive field is the side, in pixels, of the part of the
-    image that one output value depends on, were the image large enough.
+    Shapes are those of one image, without the batch. The receptive field is the side, in pixels, of the part of a
+    large enough image that one output value depends on.
     """
 
     block: str
@@ -30,7 +30,7 @@ class Layer:
 
 
 def list_layers(model: nn.Module) -> list[Layer]:
-    """List the layers of a network, a sequence of blocks of layers, by passing an image through them one by one.
+    """Pass an image through a network, a sequence of blocks of layers, and list its layers.
 
     The receptive field r and the distance j between neighbouring outputs, in pixels, grow layer by layer:
     r += (kernel - 1) * j, then j *= stride (Araujo et al., 2019, doi:10.23915/distill.00021).
@@ -42,34 +42,35 @@ def list_layers(model: nn.Module) -> list[Layer]:
         for block_name, block in model.named_children():
             for name, module in block.named_children():
                 output = module(activation)
-                kernel = _square_side(getattr(module, "kernel_size", None))
+                kernel, stride, padding = (_window(module, size) for size in ("kernel_size", "stride", "padding"))
                 if kernel:
                     receptive_field += (kernel - 1) * distance
-                    distance *= _square_side(getattr(module, "stride", None)) or 1
+                    distance *= stride or 1
                 layers.append(
                     Layer(
-                        block=block_name,
-                        name=name,
-                        kind=type(module).__name__,
-                        input_shape=tuple(activation.shape[1:]),
-                        output_shape=tuple(output.shape[1:]),
-                        kernel=kernel,
-                        padding=_square_side(getattr(module, "padding", None)),
-                        parameters=sum(parameter.numel() for parameter in module.parameters()),
-                        receptive_field=receptive_field,
+                        block_name,
+                        name,
+                        type(module).__name__,
+                        tuple(activation.shape[1:]),
+                        tuple(output.shape[1:]),
+                        kernel,
+                        padding,
+                        sum(parameter.numel() for parameter in module.parameters()),
+                        receptive_field,
                     )
                 )
                 activation = output
     return layers
 
 
-def _square_side(size: int | tuple[int, ...] | None) -> int | None:
-    """Return the side of a square window that PyTorch gives as one number or as two equal ones."""
+def _window(module: nn.Module, attribute: str) -> int | None:
+    """Return a size of a square window, which PyTorch gives as one number or as two equal ones."""
+    size: int | tuple[int, ...] | None = getattr(module, attribute, None)
     return size[0] if isinstance(size, tuple) else size
 
 
 def group_into_steps(layers: Sequence[Layer]) -> dict[str, list[list[Layer]]]:
-    """Group the layers of each block into steps: a convolution or a pooling with the pointwise layers behind it."""
+    """Group the layers of each block into steps: a convolution or a pooling with the pointwise layers after it."""
     blocks: dict[str, list[list[Layer]]] = {}
     for layer in layers:
         steps = blocks.setdefault(layer.block, [])

@@ -1,7 +1,9 @@
 """The look that all charts share, and the PNG file of a chart."""
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import altair as alt
 import vl_convert
@@ -16,30 +18,28 @@ CHART_WIDTH = 460  # pixels, of a PNG; on the page a chart fills its column
 ORANGE, BLUE, GREY, RED = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"
 _FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
 _INK = "currentColor"  # the page's text colour, light or dark; black in a PNG
+_TEXT = {
+    "labelColor": _INK,
+    "titleColor": _INK,
+    "labelFontSize": 12,
+    "titleFontSize": 12,
+    "titleFontWeight": "normal",
+}
+_AXIS = {"domainColor": _INK, "tickColor": _INK, "domainOpacity": 0.5, "tickOpacity": 0.5}
 
 
-def style_chart(chart: Chart) -> Chart:
-    """Give a chart the look that all have."""
-    text = {
-        "labelColor": _INK,
-        "titleColor": _INK,
-        "labelFontSize": 12,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-    }
-    styled: Chart = chart.configure(
+def chart_rows(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
+    """Begin a chart of rows of data."""
+    return alt.Chart(alt.Data(values=rows))
+
+
+def style_chart(chart: Chart, height: float) -> Chart:
+    """Give a chart its height in pixels, and the width and look that all have."""
+    styled: Chart = chart.properties(width=CHART_WIDTH, height=height).configure(
         font=_FONT,
         background="transparent",
-        axis={
-            **text,
-            "domainColor": _INK,
-            "tickColor": _INK,
-            "domainOpacity": 0.5,
-            "tickOpacity": 0.5,
-            "grid": False,
-            "titlePadding": 8,
-        },
-        legend={**text, "orient": "top", "title": None},
+        axis={**_TEXT, **_AXIS, "grid": False, "titlePadding": 8},
+        legend={**_TEXT, "orient": "top", "title": None},
         view={"stroke": None},
         text={"color": _INK, "fontSize": 12},
         rule={"color": _INK},
@@ -48,6 +48,6 @@ def style_chart(chart: Chart) -> Chart:
 
 
 def write_chart(path: Path, chart: Chart) -> None:
-    """Draw a chart on white as PNG, of 64 colours, which are enough."""
+    """Draw a chart on white as PNG, in 64 colours, which are enough."""
     drawn = vl_convert.vegalite_to_png(chart.to_dict() | {"background": "white"}, scale=2)
     write_png(path, Image.open(io.BytesIO(drawn)).convert("RGB").quantize(64))

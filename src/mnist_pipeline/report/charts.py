@@ -10,15 +10,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from mnist_pipeline.data.digits import CLASSES
-from mnist_pipeline.report.chart_style import (
-    BLUE,
-    CHART_WIDTH,
-    GREY,
-    ORANGE,
-    RED,
-    Chart,
-    style_chart,
-)
+from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, GREY, ORANGE, RED, Chart, chart_rows, style_chart
 from mnist_pipeline.report.pictures import encode_png, enlarge
 
 _LOSS_TICKS = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # of a logarithmic axis
@@ -29,21 +21,18 @@ def draw_learning_curve(
     history: Sequence[Mapping[str, float]], quantity: str, monitor_name: str, published: Sequence[float]
 ) -> Chart:
     """Draw loss or accuracy by epoch; dotted lines mark the scheduler's steps, a pointer shows an epoch's figures."""
-    monitor = monitor_name.lower()
-    names = {f"train_{quantity}": "training", f"monitor_{quantity}": monitor, "published": "test, published"}
-    figures = {row["epoch"]: {name: row[name] for name in names if name in row} for row in history}
-    for epoch, value in enumerate(published, 1):
-        figures.setdefault(epoch, {})["published"] = value
+    titles = {f"train_{quantity}": "training", f"monitor_{quantity}": monitor_name.lower()}
+    series = {title: {int(row["epoch"]): row[name] for row in history} for name, title in titles.items()}
+    series["test, published"] = dict(enumerate(published, 1))
     points = [
-        {"epoch": epoch, "series": title, quantity: values[name]}
-        for name, title in names.items()
-        for epoch, values in sorted(figures.items())
-        if name in values
+        {"epoch": epoch, "series": title, quantity: value}
+        for title, values in series.items()
+        for epoch, value in values.items()
     ]
     number = ".4f" if quantity == "loss" else ".2%"
-    epochs = [  # what the tooltip says: an epoch that this run or the published one did not have is not mentioned
-        {"epoch": int(epoch)} | {title: format(values[name], number) for name, title in names.items() if name in values}
-        for epoch, values in sorted(figures.items())
+    epochs: list[dict[str, Any]] = [  # for the tooltip, which leaves out what a training did not reach
+        {"epoch": epoch} | {title: format(values[epoch], number) for title, values in series.items() if epoch in values}
+        for epoch in sorted({epoch for values in series.values() for epoch in values})
     ]
     steps = [
         {"epoch": row["epoch"] - 0.5, "step": f"{before['learning_rate']:g} → {row['learning_rate']:g}"}
@@ -53,40 +42,30 @@ def draw_learning_curve(
     if quantity == "loss":
         scale, axis = alt.Scale(type="log"), alt.Axis(title="loss, nats an image", format="~g", values=_LOSS_TICKS)
     else:
-        # The first epoch's training accuracy, far below the rest, would flatten all that matters.
+        # The training accuracy of the first epoch is far lower, and would flatten the rest of the chart.
         lowest = min([row["monitor_accuracy"] for row in history] + list(published))
         scale, axis = alt.Scale(domain=[max(0, lowest - 0.005), 1]), alt.Axis(title="accuracy", format=".1%")
-    x = alt.X(
-        "epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d"), scale=alt.Scale(nice=False, zero=False)
-    )
-    shown = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
+    whole_numbers = alt.Axis(tickMinStep=1, format="d")
+    x = alt.X("epoch:Q", title="epoch", axis=whole_numbers, scale=alt.Scale(nice=False, zero=False))
+    chosen = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
     pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
-    colours = alt.Scale(domain=list(names.values()), range=[ORANGE, BLUE, GREY])
-    curves = (
-        alt.Chart(alt.Data(values=points))
-        .mark_line(point=True, clip=True)
-        .encode(
-            x=x,
-            y=alt.Y(f"{quantity}:Q", scale=scale, axis=axis),
-            color=alt.Color("series:N", scale=colours),
-            strokeDash=alt.condition("datum.series == 'test, published'", alt.value([4, 3]), alt.value([1, 0])),
-            opacity=alt.condition(shown, alt.value(1), alt.value(0.1)),
-        )
-        .add_params(shown)
+    curves = chart_rows(points).mark_line(point=True, clip=True).add_params(chosen)
+    curves = curves.encode(
+        x=x,
+        y=alt.Y(f"{quantity}:Q", scale=scale, axis=axis),
+        color=alt.Color("series:N", scale=alt.Scale(domain=list(series), range=[ORANGE, BLUE, GREY])),
+        strokeDash=alt.condition("datum.series == 'test, published'", alt.value([4, 3]), alt.value([1, 0])),
+        opacity=alt.condition(chosen, alt.value(1), alt.value(0.1)),
     )
-    pointer = (
-        alt.Chart(alt.Data(values=epochs))
-        .mark_rule(tooltip=alt.TooltipContent("data"))
-        .encode(x=x, opacity=alt.condition(pointed, alt.value(0.5), alt.value(0)))
-        .add_params(pointed)
-    )
-    drops = alt.Chart(alt.Data(values=steps)).mark_rule(strokeDash=[2, 3], opacity=0.4)
+    pointer = chart_rows(epochs).mark_rule(tooltip=alt.TooltipContent("data")).add_params(pointed)
+    pointer = pointer.encode(x=x, opacity=alt.condition(pointed, alt.value(0.5), alt.value(0)))
+    drops = chart_rows(steps).mark_rule(strokeDash=[2, 3], opacity=0.4)
     drops = drops.encode(x=x, tooltip=[alt.Tooltip("step:N", title="learning rate")])
-    return style_chart(alt.layer(drops, curves, pointer).properties(width=CHART_WIDTH, height=280))
+    return style_chart(alt.layer(drops, curves, pointer), 280)
 
 
 def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
-    """Draw how often each label (row) was predicted as each class (column); the errors carry the colour."""
+    """Draw how often each label (row) was predicted as each class (column); colour shows the mistakes only."""
     errors = confusion - np.diag(confusion.diagonal())
     cells = [
         {
@@ -96,10 +75,9 @@ def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
             "errors": int(errors[label, prediction]),
             "text": str(confusion[label, prediction] or "·"),
         }
-        for label in range(CLASSES)
-        for prediction in range(CLASSES)
+        for label, prediction in np.ndindex(CLASSES, CLASSES)
     ]
-    base = alt.Chart(alt.Data(values=cells)).encode(
+    base = chart_rows(cells).encode(
         x=alt.X("prediction:O", title="predicted", axis=alt.Axis(labelAngle=0)),
         y="label:O",
         tooltip=["label:O", "prediction:O", "images:Q"],
@@ -108,15 +86,11 @@ def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
     shade = alt.Opacity("errors:Q", scale=alt.Scale(domain=[0, largest], range=[0, 0.75]), legend=None)
     right = alt.condition("datum.label == datum.prediction", alt.value(0.6), alt.value(1.0))
     colour = base.mark_rect(color=RED).encode(opacity=shade)
-    return style_chart(
-        alt.layer(colour, base.mark_text().encode(text="text:N", opacity=right)).properties(
-            width=CHART_WIDTH, height=CHART_WIDTH - 60
-        )
-    )
+    return style_chart(alt.layer(colour, base.mark_text().encode(text="text:N", opacity=right)), CHART_WIDTH - 60)
 
 
 def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
-    """Draw how often the network was right by how sure it was, with Wilson's 95% intervals, against the diagonal."""
+    """Draw accuracy by confidence, with Wilson's 95% intervals, beside the diagonal where both are equal."""
     rows = []
     for row in calibration:
         images = round(row["images"])
@@ -124,11 +98,9 @@ def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
         rows.append({**row, "lowest": interval.low, "highest": interval.high})
     percent = alt.Axis(format=".0%", values=[0, 0.2, 0.4, 0.6, 0.8, 1])
     unit = alt.Scale(domain=[0, 1])
-    ideal = alt.Chart(alt.Data(values=[{"ideal": 0}, {"ideal": 1}])).mark_line(
-        strokeDash=[4, 3], color=GREY, strokeWidth=1
-    )
+    ideal = chart_rows([{"ideal": 0}, {"ideal": 1}]).mark_line(strokeDash=[4, 3], color=GREY, strokeWidth=1)
     ideal = ideal.encode(x=alt.X("ideal:Q", scale=unit), y=alt.Y("ideal:Q", scale=unit))
-    base = alt.Chart(alt.Data(values=rows)).encode(
+    base = chart_rows(rows).encode(
         x=alt.X("confidence:Q", title="confidence (mean of its bin)", axis=percent, scale=unit),
         tooltip=[
             alt.Tooltip("images:Q", format=","),
@@ -137,22 +109,21 @@ def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
         ],
     )
     intervals = base.mark_rule(opacity=0.4).encode(y="lowest:Q", y2="highest:Q")
+    legend = alt.Legend(title="images", tickCount=3)
     bins = base.mark_circle(color=BLUE, opacity=1).encode(
         y=alt.Y("accuracy:Q", title="accuracy", axis=percent, scale=unit),
-        size=alt.Size(
-            "images:Q", scale=alt.Scale(type="log", range=[20, 400]), legend=alt.Legend(title="images", tickCount=3)
-        ),
+        size=alt.Size("images:Q", scale=alt.Scale(type="log", range=[20, 400]), legend=legend),
     )
-    return style_chart(alt.layer(ideal, intervals, bins).properties(width=CHART_WIDTH, height=340))
+    return style_chart(alt.layer(ideal, intervals, bins), 340)
 
 
 def draw_robustness(
     rows: Sequence[Mapping[str, Any]], means: Mapping[str, float], examples: Mapping[str, np.ndarray]
 ) -> Chart:
-    """Draw how far the accuracy of the first row, of images as they are, falls under each corruption of the others.
+    """Draw how far each corruption lowers the accuracy from that of the uncorrupted images, the first row.
 
-    Beside it stand digits (N, 28, 28) that show what each does. Families follow one another, each with a line at its
-    mean, and in them the corruptions by accuracy.
+    `means` are the mean accuracies of the families. Each row starts with its digits (N, 28, 28) in `examples`. Rows are
+    sorted by family, then by accuracy.
     """
     shown = [rows[0], *sorted(rows[1:], key=lambda row: (row["family"], -row["accuracy"]))]
     data, lines = [], []
@@ -174,7 +145,8 @@ def draw_robustness(
         axis=alt.Axis(title="accuracy", titleAnchor="end", format=".0%", values=ticks, domain=False),
     )
     families = alt.Scale(domain=[rows[0]["family"], *means], range=[GREY, BLUE, ORANGE])
-    base = alt.Chart(alt.Data(values=data)).encode(
+    colour = alt.Color("family:N", scale=families, legend=alt.Legend(values=[*means]))
+    base = chart_rows(data).encode(
         y=y,
         tooltip=[
             "corruption:N",
@@ -183,29 +155,27 @@ def draw_robustness(
             alt.Tooltip("calibration_error:Q", title="calibration error", format=".2%"),
         ],
     )
-    colour = alt.Color("family:N", scale=families, legend=alt.Legend(values=[*means]))
+    images = base.mark_image(align="left", height=_ROW_HEIGHT - 4, width=alt.ExprRef(pictures))
+    averages = chart_rows(lines).mark_rule(strokeDash=[4, 3])
+    averages = averages.encode(
+        x="mean:Q",
+        y=alt.Y("first:N", sort=None),
+        y2="last:N",
+        color=colour,
+        tooltip=["family:N", alt.Tooltip("mean:Q", format=".2%")],
+    )
     layers = [
-        base.mark_image(align="left", height=_ROW_HEIGHT - 4, width=alt.ExprRef(pictures)).encode(
-            x=alt.value(0), url="digits:N"
-        ),
+        images.encode(x=alt.value(0), url="digits:N"),
         base.mark_rule(opacity=0.4).encode(x=x, x2="uncorrupted:Q"),
-        alt.Chart(alt.Data(values=lines))
-        .mark_rule(strokeDash=[4, 3])
-        .encode(
-            x="mean:Q",
-            y=alt.Y("first:N", sort=None),
-            y2="last:N",
-            color=colour,
-            tooltip=["family:N", alt.Tooltip("mean:Q", format=".2%")],
-        ),
+        averages,
         base.mark_circle(size=70, opacity=1).encode(x=x, color=colour),
         base.mark_text(align="right").encode(x=alt.value({"expr": numbers}), text=alt.Text("accuracy:Q", format=".2%")),
     ]
-    return style_chart(alt.layer(*layers).properties(width=CHART_WIDTH, height=_ROW_HEIGHT * len(shown)))
+    return style_chart(alt.layer(*layers), _ROW_HEIGHT * len(shown))
 
 
 def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) -> Chart:
-    """Draw the accuracies of each recipe's seeds as points, their mean as a line, dashed the published one."""
+    """Draw the accuracies of each recipe's seeds as points, their mean as a tick, and the published one as a line."""
     points = [
         {"recipe": name, "seed": seed, "accuracy": value}
         for name, values in accuracies.items()
@@ -214,14 +184,13 @@ def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) ->
     shown = [published, *(value for values in accuracies.values() for value in values)]
     domain = [max(0, min(shown) - 0.0005), min(1, max(shown) + 0.0005)]
     x = alt.X("accuracy:Q", title="test accuracy", scale=alt.Scale(domain=domain), axis=alt.Axis(format=".2%"))
-    y = alt.Y("recipe:N", title=None, sort=list(accuracies))
-    base = alt.Chart(alt.Data(values=points)).encode(y=y)
+    base = chart_rows(points).encode(y=alt.Y("recipe:N", title=None, sort=list(accuracies)))
     seeds = base.mark_circle(size=70, color=BLUE, opacity=0.5).encode(
         x=x, tooltip=["recipe:N", "seed:Q", alt.Tooltip("accuracy:Q", format=".2%")]
     )
     means = base.mark_tick(thickness=3, size=28, color=RED).encode(
         x=alt.X("mean(accuracy):Q"), tooltip=["recipe:N", alt.Tooltip("mean(accuracy):Q", format=".3%")]
     )
-    line = alt.Chart(alt.Data(values=[{"accuracy": published, "text": "published"}])).encode(x=x)
+    line = chart_rows([{"accuracy": published, "text": "published"}]).encode(x=x)
     layers = [line.mark_rule(strokeDash=[4, 3], color=GREY), seeds, means]
-    return style_chart(alt.layer(*layers).properties(width=CHART_WIDTH, height=44 * len(accuracies)))
+    return style_chart(alt.layer(*layers), 44 * len(accuracies))

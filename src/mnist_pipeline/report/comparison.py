@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby, pairwise
+from typing import NamedTuple
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.report import published
@@ -11,8 +11,7 @@ from mnist_pipeline.report.architecture import Layer
 from mnist_pipeline.report.results import ResultRow, Results
 
 
-@dataclass(frozen=True)
-class Comparison:
+class Comparison(NamedTuple):
     """A figure of ours beside the published one, both as text."""
 
     name: str
@@ -22,20 +21,20 @@ class Comparison:
 
 def compare_results(results: Results, monitor_name: str) -> list[Comparison]:
     """Set the main figures beside the specification's."""
-    first, last = results.history[0], results.history[-1]
+    metrics, first, last = results.metrics, results.history[0], results.history[-1]
     best = max(results.history, key=lambda row: row["monitor_accuracy"])
-    accuracies = [correct / published.TEST_IMAGES for correct in published.TEST_CORRECT]
-    best_epoch = max(range(len(accuracies)), key=accuracies.__getitem__)
-    monitor = monitor_name.lower()
+    highest = max(published.TEST_ACCURACY)
     return [
-        Comparison("Final test accuracy", f"{results.metrics['test_accuracy']:.2%}", f"{accuracies[-1]:.2%}"),
+        Comparison("Final test accuracy", f"{metrics['test_accuracy']:.2%}", f"{published.TEST_ACCURACY[-1]:.2%}"),
         Comparison(
-            f"Best {monitor} accuracy",
+            f"Best {monitor_name.lower()} accuracy",
             f"{best['monitor_accuracy']:.2%} (epoch {best['epoch']:.0f})",
-            f"{accuracies[best_epoch]:.2%} (epoch {best_epoch + 1})",
+            f"{highest:.2%} (epoch {published.TEST_ACCURACY.index(highest) + 1})",
         ),
         Comparison(
-            f"{monitor_name} accuracy after epoch 1", f"{first['monitor_accuracy']:.2%}", f"{accuracies[0]:.2%}"
+            f"{monitor_name} accuracy after epoch 1",
+            f"{first['monitor_accuracy']:.2%}",
+            f"{published.TEST_ACCURACY[0]:.2%}",
         ),
         Comparison(
             f"{monitor_name} loss, first to last epoch",
@@ -44,21 +43,18 @@ def compare_results(results: Results, monitor_name: str) -> list[Comparison]:
         ),
         Comparison(
             "Misclassified test images",
-            f"{results.metrics['test_misclassified']:,} of {results.metrics['test_total']:,}",
+            f"{metrics['test_misclassified']:,} of {metrics['test_total']:,}",
             f"{published.TEST_IMAGES - published.TEST_CORRECT[-1]} of {published.TEST_IMAGES:,}",
         ),
-        Comparison("Parameters", f"{results.metrics['parameters']:,}", f"{published.PARAMETERS:,}"),
+        Comparison("Parameters", f"{metrics['parameters']:,}", f"{published.PARAMETERS:,}"),
         Comparison(
-            "Weights, 4 bytes each",
-            f"{results.metrics['parameters'] * 4 / 1024:.0f} KiB",
-            f"about {published.MODEL_KB} KB",
+            "Weights, 4 bytes each", f"{metrics['parameters'] * 4 / 1024:.0f} KiB", f"about {published.MODEL_KB} KB"
         ),
     ]
 
 
 def compare_progress(history: Sequence[ResultRow]) -> list[Comparison]:
-    """Set how the monitor moved, over each stretch of one learning rate and overall, beside the published."""
-    accuracies = [correct / published.TEST_IMAGES for correct in published.TEST_CORRECT]
+    """Set the monitor's accuracy during each learning rate, and its loss overall, beside the published ones."""
     comparisons = []
     for rate, group in groupby(history, key=lambda row: row["learning_rate"]):
         rows = list(group)
@@ -66,27 +62,24 @@ def compare_progress(history: Sequence[ResultRow]) -> list[Comparison]:
         comparisons.append(
             Comparison(
                 f"Accuracy in epochs {first} to {last}, learning rate {rate:g}",
-                _percentages([row["monitor_accuracy"] for row in rows]),
-                _percentages(accuracies[first - 1 : last]),
+                _extent([row["monitor_accuracy"] for row in rows]),
+                _extent(published.TEST_ACCURACY[first - 1 : last]),
             )
         )
     losses = [row["monitor_loss"] for row in history]
     return [*comparisons, Comparison("Loss reduction", _reduction(losses), _reduction(published.TEST_LOSS))]
 
 
-def _percentages(accuracies: Sequence[float]) -> str:
-    """Say between which two accuracies a stretch of epochs moved."""
+def _extent(accuracies: Sequence[float]) -> str:
     return f"{min(accuracies):.2%} to {max(accuracies):.2%}" if accuracies else ""
 
 
 def _reduction(losses: Sequence[float]) -> str:
-    """Say by how much a loss fell from the first epoch to the last."""
     return f"{1 - losses[-1] / losses[0]:.1%}"
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """A point of the specification's checklist, whether the run meets it, and by what figures."""
+class Requirement(NamedTuple):
+    """A point of the specification's checklist, whether the run meets it, and the figures that show it."""
 
     name: str
     met: bool
@@ -96,13 +89,15 @@ class Requirement:
 def check_requirements(
     params: Params, layers: Sequence[Layer], results: Results, train: int, test: int
 ) -> list[Requirement]:
-    """Evaluate the specification's checklist on the run."""
+    """Check the run, on so many training and test images, against the specification's checklist."""
     kinds = [layer.kind for layer in layers]
-    followers = [after for before, after in pairwise(kinds) if before == "Conv2d"]
-    parameters = sum(layer.parameters for layer in layers)
-    accuracy = results.metrics["test_accuracy"]
-    target = published.TEST_CORRECT[-1] / published.TEST_IMAGES
+    blocks, convolutions = len({layer.block for layer in layers}), kinds.count("Conv2d")
+    after = [following for kind, following in pairwise(kinds) if kind == "Conv2d"]
+    parameters, counted = sum(layer.parameters for layer in layers), results.metrics["parameters"]
+    epochs, published_epochs = len(results.history), len(published.TEST_ACCURACY)
+    accuracy, target = results.metrics["test_accuracy"], published.TEST_ACCURACY[-1]
     error = math.sqrt(target * (1 - target) * (1 / test + 1 / published.TEST_IMAGES))
+    is_accurate = accuracy >= target - 2 * error
     return [
         Requirement(
             "Parameter constraint",
@@ -116,17 +111,17 @@ def check_requirements(
         ),
         Requirement(
             "CNN architecture",
-            len({layer.block for layer in layers}) == 3 and kinds.count("Conv2d") == 7,  # the specification's
-            f"{kinds.count('Conv2d')} convolutions in {len({layer.block for layer in layers})} blocks",
+            (blocks, convolutions) == (3, 7),  # the specification's
+            f"{convolutions} convolutions in {blocks} blocks",
         ),
         Requirement(
             "Batch normalisation",
-            all(kind == "BatchNorm2d" for kind in followers[:-1]) and followers[-1] != "BatchNorm2d",
-            f"after {followers.count('BatchNorm2d')} of {len(followers)} convolutions, the last one left bare",
+            all(kind == "BatchNorm2d" for kind in after[:-1]) and after[-1] != "BatchNorm2d",
+            f"after {after.count('BatchNorm2d')} of {len(after)} convolutions; the last one has none",
         ),
         Requirement(
             "High performance",
-            accuracy >= target - 2 * error,
+            is_accurate,
             f"{accuracy:.2%} on the test images; {target:.2%} published; "
             f"two standard errors of their difference are {2 * error:.2%}",
         ),
@@ -137,12 +132,12 @@ def check_requirements(
         ),
         Requirement(
             "Fast training",
-            accuracy >= target - 2 * error and len(results.history) <= len(published.TEST_CORRECT),
-            f"that accuracy in {len(results.history)} epochs; {len(published.TEST_CORRECT)} published",
+            is_accurate and epochs <= published_epochs,
+            f"that accuracy in {epochs} epochs; {published_epochs} published",
         ),
         Requirement(
             "Documentation",
-            parameters == results.metrics["parameters"],
-            f"this report accounts for {parameters:,} of {results.metrics['parameters']:,} parameters",
+            parameters == counted,
+            f"this report accounts for {parameters:,} of {counted:,} parameters",
         ),
     ]

@@ -8,24 +8,19 @@ import altair as alt
 import numpy as np
 
 from mnist_pipeline.report.architecture import Layer
-from mnist_pipeline.report.chart_style import (
-    BLUE,
-    CHART_WIDTH,
-    ORANGE,
-    RED,
-    Chart,
-    style_chart,
-)
+from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, ORANGE, RED, Chart, chart_rows, style_chart
 
 
 def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
-    """Draw the network from the image down: each step as wide as its maps are, as thick as it has channels."""
+    """Draw the network from the image down: each step as wide as its maps, as thick as it has channels."""
     rows: list[dict[str, Any]] = []
     top = 0.0
     for step in steps:
         first, last = step[0], step[-1]
         channels, side = last.output_shape[0], (*last.output_shape, 1, 1)[1]
         parameters = sum(layer.parameters for layer in step)
+        shape, sees = "×".join(map(str, last.output_shape)), f"{first.receptive_field}×{first.receptive_field}"
+        counted = f"{parameters:,} parameters, " if parameters else ""
         thickness = 4 + 0.7 * channels
         rows.append(
             {
@@ -36,38 +31,31 @@ def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
                 "middle": top + thickness / 2,
                 "left": -side / 2,
                 "right": side / 2,
-                "shape": "×".join(map(str, last.output_shape)),
+                "shape": shape,
                 "parameters": parameters,
-                "sees": f"{first.receptive_field}×{first.receptive_field}",
+                "sees": sees,
                 "kind": "convolution" if first.kernel and parameters else "pooling",
-                "text": f"{first.name}: {'×'.join(map(str, last.output_shape))}\n"
-                + (f"{parameters:,} parameters, " if parameters else "")
-                + f"sees {first.receptive_field}×{first.receptive_field}",
+                "text": f"{first.name}: {shape}\n{counted}sees {sees}",
             }
         )
         top += max(thickness, 28) + 8
-    data = alt.Data(values=rows)
     widest = max(row["right"] for row in rows)
-    y = alt.Scale(domain=[top, -12], nice=False)
-    x = alt.Scale(domain=[-widest, 4.2 * widest], nice=False)
-    maps = (
-        alt.Chart(data)
-        .mark_rect(cornerRadius=2)
-        .encode(
-            x=alt.X("left:Q", scale=x, axis=None),
-            x2="right:Q",
-            y=alt.Y("top:Q", scale=y, axis=None),
-            y2="bottom:Q",
-            color=alt.Color("kind:N", scale=alt.Scale(domain=["convolution", "pooling"], range=[BLUE, ORANGE])),
-            tooltip=["name:N", "layers:N", "shape:N", "parameters:Q", alt.Tooltip("sees:N", title="receptive field")],
-        )
+    x = alt.X("left:Q", scale=alt.Scale(domain=[-widest, 4.2 * widest], nice=False), axis=None)
+    y = alt.Y("top:Q", scale=alt.Scale(domain=[top, -12], nice=False), axis=None)
+    colour = alt.Color("kind:N", scale=alt.Scale(domain=["convolution", "pooling"], range=[BLUE, ORANGE]))
+    seen = alt.Tooltip("sees:N", title="receptive field")
+    base = chart_rows(rows)
+    maps = base.mark_rect(cornerRadius=2).encode(
+        x=x,
+        x2="right:Q",
+        y=y,
+        y2="bottom:Q",
+        color=colour,
+        tooltip=["name:N", "layers:N", "shape:N", "parameters:Q", seen],
     )
-    words = (
-        alt.Chart(data)
-        .mark_text(align="left", baseline="middle", lineBreak="\n")
-        .encode(x=alt.XDatum(1.15 * widest), y="middle:Q", text="text:N")
-    )
-    return style_chart(alt.layer(maps, words).properties(width=CHART_WIDTH, height=top + 12))
+    words = base.mark_text(align="left", baseline="middle", lineBreak="\n")
+    words = words.encode(x=alt.XDatum(1.15 * widest), y="middle:Q", text="text:N")
+    return style_chart(alt.layer(maps, words), top + 12)
 
 
 def draw_filters(weights: np.ndarray) -> Chart:
@@ -84,22 +72,15 @@ def draw_filters(weights: np.ndarray) -> Chart:
         for number, row, column in np.ndindex(weights.shape)
     ]
     bound = float(np.abs(weights).max())
-    lines = math.ceil(count / columns)
-    chart = (
-        alt.Chart(alt.Data(values=cells))
-        .transform_calculate(right="datum.x + 1", below="datum.y + 1")
-        .mark_rect()
-        .encode(
-            x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, columns * (width + 1) - 1], nice=False)),
-            x2="right:Q",
-            y=alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[lines * (height + 1) - 1, 0], nice=False)),
-            y2="below:Q",
-            color=alt.Color(
-                "weight:Q",
-                scale=alt.Scale(domain=[-bound, 0, bound], range=[RED, "white", BLUE], interpolate="rgb"),
-            ),
-            tooltip=["filter:O", alt.Tooltip("weight:Q", format="+.3f")],
-        )
+    right, bottom = columns * (width + 1) - 1, math.ceil(count / columns) * (height + 1) - 1
+    shades = alt.Scale(domain=[-bound, 0, bound], range=[RED, "white", BLUE], interpolate="rgb")
+    chart = chart_rows(cells).transform_calculate(right="datum.x + 1", below="datum.y + 1").mark_rect()
+    chart = chart.encode(
+        x=alt.X("x:Q", axis=None, scale=alt.Scale(domain=[0, right], nice=False)),
+        x2="right:Q",
+        y=alt.Y("y:Q", axis=None, scale=alt.Scale(domain=[bottom, 0], nice=False)),
+        y2="below:Q",
+        color=alt.Color("weight:Q", scale=shades),
+        tooltip=["filter:O", alt.Tooltip("weight:Q", format="+.3f")],
     )
-    side = CHART_WIDTH / (columns * (width + 1) - 1)
-    return style_chart(chart.properties(width=CHART_WIDTH, height=side * (lines * (height + 1) - 1)))
+    return style_chart(chart, CHART_WIDTH / right * bottom)

@@ -1,4 +1,4 @@
-"""The report as one self-contained HTML file: its Markdown, with charts that answer a pointer."""
+"""The report as one self-contained HTML file with interactive charts."""
 
 import base64
 import re
@@ -20,23 +20,21 @@ from mnist_pipeline.report.chart_style import Chart
 def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> str:
     """Return the page of a Markdown report, whose images are files under `directory`.
 
-    An image that is named like one of the charts becomes that chart; without JavaScript it stays an image.
+    An image with the name of a chart becomes that chart; without JavaScript it stays an image.
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
 
-    def image(renderer: RendererHTML, tokens: Sequence[Token], place: int, *_: Any) -> str:
+    def render_image(renderer: RendererHTML, tokens: Sequence[Token], place: int, *_: Any) -> str:
         path = directory / str(tokens[place].attrs["src"])
-        alternative = escape(tokens[place].content)
+        words = escape(tokens[place].content)
         content = base64.b64encode(path.read_bytes()).decode()
-        tag = f'<img src="data:image/png;base64,{content}" alt="{alternative}">'
+        image = f'<img src="data:image/png;base64,{content}" alt="{words}">'
         if path.stem not in charts:
-            return tag
-        return (
-            f'<span class="chart" id="{path.stem}" role="img" aria-label="{alternative}"></span>'
-            f"<noscript>{tag}</noscript>"
-        )
+            return image
+        chart = f'<span class="chart" id="{path.stem}" role="img" aria-label="{words}"></span>'
+        return f"{chart}<noscript>{image}</noscript>"
 
-    markdown.add_render_rule("image", image)
+    markdown.add_render_rule("image", render_image)
     markdown.add_render_rule("table_open", lambda *_: '<div class="table"><table>\n')
     markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
     title, introduction, *sections = re.split(r"^##? (.+)\n", report, flags=re.MULTILINE)[1:]
@@ -53,5 +51,5 @@ def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> st
             for heading, body in zip(sections[::2], sections[1::2], strict=True)
         ],
         specs={name: chart.to_dict() | {"width": "container"} for name, chart in charts.items()},
-        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # noqa: S704 (Vega, Vega-Lite and Vega-Embed)
+        vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # noqa: S704 (Vega's own code)
     )

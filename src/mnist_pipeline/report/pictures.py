@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mnist_pipeline.common.files import write_bytes
 
-_ENLARGED = 4  # pixels a side, of a digit's pixel
-_CAPTION = 14  # pixels, of its letters
+_SCALE = 4  # times as wide and as high
+_CAPTION = 14  # pixels, height of its letters
 
 
 def write_digit(path: Path, pixels: np.ndarray) -> None:
@@ -20,13 +20,13 @@ def write_digit(path: Path, pixels: np.ndarray) -> None:
 
 
 def enlarge(pixels: np.ndarray) -> Image.Image:
-    """Return pixels (height, width), bright on dark, as a larger image, dark on bright."""
+    """Return pixels (height, width), bright on dark, as a larger image that is dark on bright."""
     image = Image.fromarray(255 - pixels)
-    return image.resize((_ENLARGED * image.width, _ENLARGED * image.height), Image.Resampling.NEAREST)
+    return image.resize((_SCALE * image.width, _SCALE * image.height), Image.Resampling.NEAREST)
 
 
 def write_sheet(path: Path, pictures: Sequence[tuple[str, Image.Image]], columns: int) -> None:
-    """Write pictures row by row into one on white, each under its caption."""
+    """Write pictures with their captions into one picture on white, row by row."""
     width = max(image.width for _, image in pictures) + _CAPTION
     height = max(image.height for _, image in pictures) + 2 * _CAPTION
     rows = math.ceil(len(pictures) / columns)

@@ -1,6 +1,7 @@
-"""What there is to report: the outputs of the earlier stages, and the studies."""
+"""What the earlier stages and the studies wrote, read for the report."""
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,7 @@ ResultRow = dict[str, float]  # a row of a table, by column
 
 @dataclass(frozen=True)
 class Results:
-    """What there is to report.
-
-    The earlier stages wrote rows for epochs, test images, bins of confidence and corruptions, and the test metrics;
-    `mnist study` the studies of recipes.
-    """
+    """The test metrics; rows for epochs, test images, bins of confidence and corruptions; and the studies."""
 
     history: list[ResultRow]
     metrics: dict[str, Any]
@@ -38,12 +35,9 @@ class Results:
 
     @property
     def uncorrupted(self) -> dict[str, Any]:
-        """A row like those of the corruptions, of the test images as they are."""
-        return {
-            "corruption": "none",
-            "family": "uncorrupted",
-            **{name: self.metrics[f"test_{name}"] for name in SCORES},
-        }
+        """The scores on the test images as they are, as a row like those of the corruptions."""
+        scores = {name: self.metrics[f"test_{name}"] for name in SCORES}
+        return {"corruption": "none", "family": "uncorrupted", **scores}
 
     @property
     def family_means(self) -> dict[str, dict[str, float]]:
@@ -52,11 +46,17 @@ class Results:
 
     @property
     def confusion(self) -> np.ndarray:
-        """Counts (10, 10) of the labels (rows) by prediction (columns)."""
+        """Counts (10, 10) of images by label (row) and prediction (column)."""
         counts = np.zeros((CLASSES, CLASSES), dtype=int)
         for row in self.predictions:
             counts[int(row["label"]), int(row["prediction"])] += 1
         return counts
+
+    @property
+    def mistakes(self) -> list[tuple[int, int, int]]:
+        """Label, prediction and number of images of each kind of mistake, the most frequent first."""
+        counts = Counter((int(row["label"]), int(row["prediction"])) for row in self.misclassified)
+        return [(*kind, count) for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def load_results(

@@ -1,4 +1,4 @@
-"""What studies found: the tables in reports/studies, a row for each seed of a recipe."""
+"""The results of studies: the tables in reports/studies, with a row for each seed of a recipe."""
 
 import statistics
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ import numpy as np
 from mnist_pipeline.common.files import read_table
 from mnist_pipeline.common.paths import STUDIES
 
-SPECIFICATION = "specification"  # the name of `params.yaml` as it is, among recipes
-VALIDATION_SUFFIX = "-validation"  # ends the name of a table whose scores are those of held-out training images
-MEASURES = [  # what a study keeps of each seed's metrics
+SPECIFICATION = "specification"  # the recipe that is `params.yaml` itself
+VALIDATION_SUFFIX = "-validation"  # of a table whose scores are on held-out training images
+MEASURES = [  # the metrics that a study keeps for each seed
     "test_accuracy",
     "test_undisputed_accuracy",
     "test_loss",
@@ -36,7 +36,7 @@ class Study:
         return sorted(int(row["seed"]) for row in self.rows)
 
     def values(self, measure: str) -> list[float]:
-        """Return a measure of each seed, in the order of the seeds."""
+        """Return a measure for each seed, in the order of the seeds."""
         return [float(row[measure]) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
 
     def mean(self, measure: str) -> float:
@@ -44,36 +44,39 @@ class Study:
         return statistics.mean(self.values(measure))
 
     def deviation(self, measure: str) -> float:
-        """Return a measure's standard deviation over the seeds, 0 of a single one."""
+        """Return a measure's standard deviation over the seeds; for a single seed it is 0."""
         return statistics.stdev(self.values(measure)) if len(self.rows) > 1 else 0.0
 
-    def summary(self, measure: str) -> str:
-        """Say in a phrase how an accuracy spreads over the seeds."""
+    def extent(self, measure: str) -> str:
+        """Return the lowest and the highest value of an accuracy, as text."""
         values = self.values(measure)
-        return (
-            f"{len(values)} seeds, {measure} {self.mean(measure):.3%}, standard deviation "
-            f"{100 * self.deviation(measure):.3f} points, {min(values):.2%} to {max(values):.2%}"
-        )
+        return f"{min(values):.2%} to {max(values):.2%}"
+
+    def summary(self, measure: str) -> str:
+        """Describe in a phrase how an accuracy spreads over the seeds."""
+        mean, deviation = self.mean(measure), 100 * self.deviation(measure)
+        spread = f"standard deviation {deviation:.3f} points, {self.extent(measure)}"
+        return f"{len(self.rows)} seeds, {measure} {mean:.3%}, {spread}"
 
 
 def read_study_rows(table: Path) -> list[dict[str, str]]:
-    """Read a study's table as it is, nothing where there is none."""
+    """Read a study's table; a missing table has no rows."""
     return read_table(table) if table.exists() else []
 
 
 def load_studies(directory: Path = STUDIES) -> list[Study]:
-    """Return the studies that were tested, the specification's first."""
-    tables = [path for path in sorted(directory.glob("*.csv")) if not path.stem.endswith(VALIDATION_SUFFIX)]
-    studies = [Study(path.stem, read_study_rows(path)) for path in tables]
-    return sorted(studies, key=lambda study: study.name != SPECIFICATION)
+    """Return the studies that were scored on the test images, the specification's first."""
+    tables = [path for path in directory.glob("*.csv") if not path.stem.endswith(VALIDATION_SUFFIX)]
+    tables.sort(key=lambda path: (path.stem != SPECIFICATION, path))
+    return [Study(path.stem, read_study_rows(path)) for path in tables]
 
 
 def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -> float:
-    """Return how likely a difference in means as large would be, by chance, between two studies of the same seeds.
+    """Return the probability of so large a difference in means if two recipes with the same seeds were equal.
 
-    Under the hypothesis that the recipes are equal, each seed's difference is as likely one way as the other: of all
-    ways to flip their signs, it is the share with as large a mean (Fisher's permutation test for pairs, both sides).
-    One seed tells nothing: 1.
+    If they are equal, each seed's difference could as well have the other sign. The result is the share of all
+    combinations of signs that give as large a mean difference (Fisher's permutation test for pairs, two-sided). With
+    fewer than two common seeds it is 1.
     """
     from scipy.stats import permutation_test  # slow to import
 
@@ -90,30 +93,24 @@ def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -
     return float(found.pvalue)
 
 
-def recipe_table(studies: Sequence[Study]) -> list[list[str]]:
-    """Return a table, its header first, of what studies found: means over the seeds, accuracies with their spread.
+def recipe_table(studies: Sequence[Study]) -> list[dict[str, str]]:
+    """Return a row for each study, by column: means over the seeds, and how the accuracies spread.
 
-    The last column is `paired_p_value` against the specification's study, where there is one.
+    The column `p` is the `paired_p_value` against the specification's study, if there is one.
     """
-    columns = ["Recipe", "Parameters", "Epochs", "Seeds", "Test accuracy", "Lowest to highest", "Undisputed images"]
-    columns += ["Calibration error", "Minutes a training", "p"]
-    rows = []
     reference = next((study for study in studies if study.name == SPECIFICATION), None)
-    for study in studies:
-        accuracies = study.values("test_accuracy")
-        p_value = f"{paired_p_value(study, reference):.3f}" if reference and study is not reference else ""
-        rows.append(
-            [
-                study.name,
-                f"{study.mean('parameters'):,.0f}",
-                f"{study.mean('epochs'):.0f}",
-                f"{len(study.rows)}",
-                f"**{study.mean('test_accuracy'):.3%}** ± {100 * study.deviation('test_accuracy'):.3f}",
-                f"{min(accuracies):.2%} to {max(accuracies):.2%}",
-                f"{study.mean('test_undisputed_accuracy'):.3%}",
-                f"{study.mean('test_calibration_error'):.2%}",
-                f"{study.mean('seconds') / 60:.1f}",
-                p_value,
-            ]
-        )
-    return [columns, *rows]
+    return [
+        {
+            "Recipe": study.name,
+            "Parameters": f"{study.mean('parameters'):,.0f}",
+            "Epochs": f"{study.mean('epochs'):.0f}",
+            "Seeds": f"{len(study.rows)}",
+            "Test accuracy": f"**{study.mean('test_accuracy'):.3%}** ± {100 * study.deviation('test_accuracy'):.3f}",
+            "Lowest to highest": study.extent("test_accuracy"),
+            "Undisputed images": f"{study.mean('test_undisputed_accuracy'):.3%}",
+            "Calibration error": f"{study.mean('test_calibration_error'):.2%}",
+            "Minutes a training": f"{study.mean('seconds') / 60:.1f}",
+            "p": f"{paired_p_value(study, reference):.3f}" if reference and study is not reference else "",
+        }
+        for study in studies
+    ]
