@@ -29,7 +29,7 @@ from mnist_pipeline.experiments.trial import (
     run_trial,
 )
 from mnist_pipeline.tracking.provenance import clean_environment
-from mnist_pipeline.tracking.store import URI
+from mnist_pipeline.tracking.store import TRACKING_URI
 
 # Ray speaks gRPC: what a gRPC client sends first, and the kind of frame that a server answers with (RFC 9113, 3.4).
 _CLIENT_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -66,9 +66,11 @@ def connect_cluster(address: str) -> Generator[tuple[int, RunTrial]]:
 
 
 def _check_tracking() -> None:
-    if urlsplit(uri := os.environ.get(URI, "")).scheme not in ("http", "https"):
+    if urlsplit(uri := os.environ.get(TRACKING_URI, "")).scheme not in ("http", "https"):
         found = f"is {uri}" if uri else "is not set"
-        raise UserError(f"with --ray, {URI} must name a server that all machines reach (http://HOST:5000), and {found}")
+        raise UserError(
+            f"with --ray, {TRACKING_URI} must name a server that all machines reach (http://HOST:5000), and {found}"
+        )
 
 
 def _check_address(address: str) -> None:
@@ -151,7 +153,7 @@ def _train_on_node(
     from ray.util import get_node_ip_address
 
     os.chdir(Path(__file__).parents[3])
-    prepare_node(f"node {get_node_ip_address()} ({Path.cwd()})", repository, images, tracking[URI])
+    prepare_node(f"node {get_node_ip_address()} ({Path.cwd()})", repository, images, tracking[TRACKING_URI])
     trial = Trial(**fields | {"params": Params.model_validate(fields["params"])})
     with closing(run_trial(trial, clean_environment() | dict(tracking))) as progress:
         for step in progress:

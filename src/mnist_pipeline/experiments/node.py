@@ -15,7 +15,7 @@ from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import ADDED, CHECKPOINTS, PIPELINE, REQUIREMENTS
 from mnist_pipeline.tracking.git import commit_tags
 from mnist_pipeline.tracking.provenance import sha256_of_images
-from mnist_pipeline.tracking.store import URI
+from mnist_pipeline.tracking.store import TRACKING_URI
 
 ANSWER_SECONDS = 5  # that a server has to answer
 
@@ -68,7 +68,7 @@ def _check_server(node: str, uri: str) -> None:
     except OSError as error:
         where = f"{parts.scheme}://{parts.hostname}"  # leaves out any password
         raise UserError(
-            f"{node} does not reach MLflow at {where} ({error}): {URI} must name one that it does"
+            f"{node} does not reach MLflow at {where} ({error}): {TRACKING_URI} must name one that it does"
         ) from None
 
 

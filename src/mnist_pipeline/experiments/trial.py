@@ -25,7 +25,7 @@ from mnist_pipeline.common.params import Params, merge, read_sections
 from mnist_pipeline.common.paths import ADDED, HISTORY, METRICS, PARAMS, PIPELINE, RAW
 from mnist_pipeline.report.studies import MEASURES
 from mnist_pipeline.tracking.provenance import trace
-from mnist_pipeline.tracking.store import PARENT
+from mnist_pipeline.tracking.store import PARENT_RUN
 from mnist_pipeline.training.checkpoint import Checkpoint
 
 VALIDATION_SIZE = 5000  # training images held out to choose by
@@ -82,7 +82,7 @@ def run_trial(trial: Trial, environment: Mapping[str, str] | None = None) -> Tri
         copy = Path(temporary)
         _copy_pipeline(copy, trial.params)
         variables = {"DVC_ROOT": str(Path.cwd()), **environment, "PYTHONPATH": "src", "DVC_EXP_NAME": trial.name}
-        variables |= {PARENT: trial.parent} if trial.parent else {}
+        variables |= {PARENT_RUN: trial.parent} if trial.parent else {}
         start = time.monotonic()
         seen = 0
         for stage in trial.stages:
