@@ -56,9 +56,7 @@ def measure(chosen: Sequence[str] = ()) -> None:
     }
     parts: dict[str, Callable[[], Any]] = {
         "epoch_seconds": lambda: _time_in_turn("Epochs of all loops", loops),
-        "trainings": lambda: {
-            name: _whole_training(load_params(overlay=find_recipe(name)), device) for name in RECIPES
-        },
+        "trainings": lambda: {name: _whole_training(name, device) for name in RECIPES},
         "test_images_a_second": lambda: _test_images_a_second(params, device),
         "growth": lambda: _growth(params, device),
         "floor": lambda: _floor(params, device),
@@ -133,8 +131,9 @@ def _plain_epoch(params: Params, device: torch.device) -> None:
             F.nll_loss(model(images.to(device)), labels.to(device), reduction="sum").item()
 
 
-def _whole_training(params: Params, device: torch.device) -> dict[str, Any]:
-    """Train to the end; return the seconds and the test accuracy after each epoch."""
+def _whole_training(recipe: str, device: torch.device) -> dict[str, Any]:
+    """Train a recipe to its end; return the seconds and the test accuracy after each epoch."""
+    params = load_params(overlay=find_recipe(recipe))
     training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
     start = time.perf_counter()
     run = start_training(build_model(params.model, params.seed).to(device), params.train)

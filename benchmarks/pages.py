@@ -75,8 +75,8 @@ def _results() -> str:
 
 
 def _recipes() -> str:
-    header, *rows = recipe_table(load_studies())
-    return markdown_table(header, rows)
+    rows = recipe_table(load_studies())
+    return markdown_table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _diff() -> str:
@@ -112,8 +112,8 @@ def _bench() -> str:
         f"The network reads {measured['test_images_a_second']:,.0f} test images a second.",
         f"Tracking and checkpoints add **{tracking:.1%}** to a training, including a new database.",
         f"The train stage needs **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory at its peak.",
-        f"An epoch on part of the images, by their number: {growth['images']}. On 10,000 images, by batch size: "
-        f"{growth['batch']}; by width of the layers: {growth['widths']}.",
+        f"How long an epoch takes, by number of images: {growth['images']}; by batch size, on 10,000 images: "
+        f"{growth['batch']}; by width of the layers, on as many: {growth['widths']}.",
     ]
     table = markdown_table(["", "median", "relative to the plain loop", "lowest to highest round"], rows)
     return f"{table}\n\n{_wrap(' '.join(sentences))}"
