@@ -31,8 +31,9 @@ FOREIGN = ("DVC_", "GIT_", "MLFLOW_EXPERIMENT", "MLFLOW_RUN", "MLFLOW_TRACKING",
 
 @contextmanager
 def isolated_tracking(root: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Track into a database at a root, whatever the environment and MLflow remember, and leave both as they were."""
-    (root / "mlflow.db").write_bytes(empty_database())
+    """Track into the database at a root, which may be there, and into no other; then restore environment and MLflow."""
+    if not (root / "mlflow.db").exists():
+        (root / "mlflow.db").write_bytes(empty_database())
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         for name in [name for name in os.environ if name.startswith(FOREIGN)]:
             del os.environ[name]

@@ -1,1 +1,1 @@
-"""Which model is good enough: the gate, the champion, and the report that CI writes on a retraining."""
+"""Decide which model is good enough: the gate, the champion, and CI's report on a retraining."""

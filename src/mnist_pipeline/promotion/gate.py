@@ -1,4 +1,4 @@
-"""The gate: whether the model in the workspace is good enough, and traced well enough, to become the champion."""
+"""The gate: is the model in the workspace good enough, and traced well enough, to become the champion?"""
 
 import json
 import subprocess
@@ -20,32 +20,32 @@ from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.tracking.provenance import DATA, OUTPUTS, digest, sha256_of_data
-from mnist_pipeline.tracking.registry import Version, find_champion
-from mnist_pipeline.tracking.store import address
+from mnist_pipeline.tracking.git import ALL_BUT_OUTPUTS
+from mnist_pipeline.tracking.provenance import sha256_of_images
+from mnist_pipeline.tracking.registry import ModelVersion, find_champion
+from mnist_pipeline.tracking.store import store_address
 
 _VALUE_LENGTH = 160  # characters, so that a row of the table stays readable
-
-Share = Annotated[float, Field(ge=0, le=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class GateParams(Section):
     """The section `gate` of the params: what a model must be to become the champion."""
 
-    lowest_accuracy: Share
+    lowest_accuracy: _Share
     largest_parameter_count: Count
-    largest_calibration_error: Share
-    margin: Share
+    largest_calibration_error: _Share
+    margin: _Share
     changed_data: bool
 
 
-class _GateFile(Section):
+class _GateSection(Section):
     gate: GateParams
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule asks and what it found, both for people to read, and whether that passes."""
+    """What a rule asks for and what it found, both as text, and whether that passes."""
 
     rule: str
     bound: str
@@ -55,7 +55,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the gate knows of the model in the workspace, and which files and stages are not what they should be."""
+    """What the gate knows about the model in the workspace, and the files and stages that are not as committed."""
 
     accuracy: float
     parameters: int
@@ -67,7 +67,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Champion:
-    """What the gate knows of the champion; its accuracy is that on the test images of the workspace."""
+    """What the gate knows about the champion; its accuracy is on the test images of the workspace."""
 
     name: str
     accuracy: float
@@ -76,21 +76,21 @@ class Champion:
 
 @dataclass(frozen=True)
 class NoChampion:
-    """Why there is no champion to compare with, and whether that is in order: there has been none yet."""
+    """Why there is no champion to compare with; `in_order` if there has never been one."""
 
     reason: str
     in_order: bool
 
 
 def judge() -> list[Verdict]:
-    """Judge the model in the workspace by the params' bounds.
+    """Judge the model in the workspace by the section `gate` of the params.
 
     Raises:
-        UserError: a file that the pipeline makes is absent or damaged.
+        UserError: the section is wrong, or a file that the pipeline makes is absent or damaged.
     """
     bounds = load_bounds(PARAMS)
     champion = look_up_champion(load_digits(RAW, "test"), load_params().evaluate.batch_size)
-    return decide(bounds, look_at_candidate(), champion)
+    return decide(bounds, _look_at_candidate(), champion)
 
 
 def load_bounds(path: Path) -> GateParams:
@@ -100,7 +100,7 @@ def load_bounds(path: Path) -> GateParams:
         UserError: the file is absent or no YAML, or the section has a key or a value that does not belong there.
     """
     section = {name: values for name, values in read_sections(path).items() if name == "gate"}
-    return parse_section(_GateFile, section, f"{path}: ").gate
+    return parse_section(_GateSection, section, f"{path}: ").gate
 
 
 def decide(bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion) -> list[Verdict]:
@@ -109,49 +109,39 @@ def decide(bounds: GateParams, candidate: Candidate, champion: Champion | NoCham
     def at_most(rule: str, bound: float, value: float, form: str) -> Verdict:
         return Verdict(rule, f"at most {bound:{form}}", f"{value:{form}}", value <= bound)
 
-    def none_of(rule: str, bound: str, differing: Sequence[str]) -> Verdict:
-        value = textwrap.shorten(", ".join(differing), _VALUE_LENGTH, placeholder=" …")
-        return Verdict(rule, bound, value or "clean", not differing)
+    def unchanged(rule: str, bound: str, changed: Sequence[str]) -> Verdict:
+        value = textwrap.shorten(", ".join(changed), _VALUE_LENGTH, placeholder=" …")
+        return Verdict(rule, bound, value or "clean", not changed)
 
+    accuracy, lowest = candidate.accuracy, bounds.lowest_accuracy
     return [
-        Verdict(
-            "test accuracy",
-            f"at least {bounds.lowest_accuracy:.2%}",
-            f"{candidate.accuracy:.2%}",
-            candidate.accuracy >= bounds.lowest_accuracy,
-        ),
+        Verdict("test accuracy", f"at least {lowest:.2%}", f"{accuracy:.2%}", accuracy >= lowest),
         at_most("parameters", bounds.largest_parameter_count, candidate.parameters, ","),
         at_most("calibration error", bounds.largest_calibration_error, candidate.calibration_error, ".3%"),
-        *compare(bounds, candidate, champion),
-        none_of("git tree", "clean, outputs aside", candidate.changed_files),
-        none_of("dvc status", "clean", candidate.changed_stages),
+        *_compare_with_champion(bounds, candidate, champion),
+        unchanged("git tree", "clean, outputs aside", candidate.changed_files),
+        unchanged("dvc status", "clean", candidate.changed_stages),
     ]
 
 
-def compare(bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion) -> list[Verdict]:
-    """Return the verdicts of the rules that a champion is needed for; they fail where it cannot be known."""
-    beside = ("beside the champion", f"at most {100 * bounds.margin:.2f} points worse on the same test images")
+def _compare_with_champion(
+    bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion
+) -> Sequence[Verdict]:
+    """Return the verdicts that need a champion; they fail if the champion cannot be read."""
+    accuracy = ("beside the champion", f"at most {100 * bounds.margin:.2f} points worse on the same test images")
     data = ("data", "any" if bounds.changed_data else "the champion's")
     if isinstance(champion, NoChampion):
-        return [Verdict(*rule, champion.reason, champion.in_order) for rule in (beside, data)]
+        return [Verdict(*rule, champion.reason, champion.in_order) for rule in (accuracy, data)]
     better = round(candidate.accuracy - champion.accuracy, 9)  # floats: 0.995 - 0.993 is more than 0.002
     same = candidate.data_sha256 == champion.data_sha256
+    comparison = f"{100 * better:+.2f} points: {champion.name} has {champion.accuracy:.2%}"
     return [
-        Verdict(
-            *beside,
-            f"{100 * better:+.2f} points: {champion.name} has {champion.accuracy:.2%}",
-            better >= -bounds.margin,
-        ),
+        Verdict(*accuracy, comparison, better >= -bounds.margin),
         Verdict(*data, f"{'' if same else 'other than '}{champion.name}'s", same or bounds.changed_data),
     ]
 
 
-def look_at_candidate() -> Candidate:
-    """Return what the stages and the state of the repository say of the model in the workspace.
-
-    Raises:
-        UserError: the metrics or the data are absent or damaged.
-    """
+def _look_at_candidate() -> Candidate:
     try:
         metrics = json.loads(read_text(METRICS))
         measured = float(metrics["test_accuracy"]), int(metrics["parameters"]), float(metrics["test_calibration_error"])
@@ -159,17 +149,16 @@ def look_at_candidate() -> Candidate:
         raise UserError(f"{METRICS} is not what evaluate writes: `dvc repro` makes it") from None
     return Candidate(
         *measured,
-        sha256_of_data({str(path): digest(path) for path in DATA}),
-        differing(
-            ["git", "status", "--porcelain", "--", ".", *OUTPUTS],
-            lambda printed: [line[3:] for line in printed.splitlines()],
+        sha256_of_images(),
+        _list_changes(
+            ["git", "status", "--porcelain", *ALL_BUT_OUTPUTS], lambda said: [line[3:] for line in said.splitlines()]
         ),
-        differing(["dvc", "status", "--json"], lambda printed: list(json.loads(printed))),
+        _list_changes(["dvc", "status", "--json"], lambda said: list(json.loads(said))),
     )
 
 
-def differing(command: Sequence[str], names: Callable[[str], list[str]]) -> list[str]:
-    """Return the names in what a command prints or, where it fails, what it says: then nothing counts as clean."""
+def _list_changes(command: Sequence[str], names: Callable[[str], list[str]]) -> list[str]:
+    """Return the names in what a command prints; if it fails, its error, so that nothing counts as clean."""
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         return [f"{command[0]} failed: {' '.join(process.stderr.split())}"]
@@ -177,28 +166,28 @@ def differing(command: Sequence[str], names: Callable[[str], list[str]]) -> list
 
 
 def look_up_champion(digits: Digits, batch_size: int) -> Champion | NoChampion:
-    """Return the registry's champion as it does on test images, or why it cannot be known."""
+    """Return the registry's champion with its accuracy on these test images, or why there is none to compare with."""
     try:
         if (version := find_champion()) is None:
-            return NoChampion(f"none yet in MLflow at {address()}", in_order=True)
-        return Champion(str(version), accuracy_of(version, digits, batch_size), version.data_sha256)
+            return NoChampion(f"none yet in MLflow at {store_address()}", in_order=True)
+        return Champion(str(version), _accuracy_of(version, digits, batch_size), version.data_sha256)
     except UserError as error:
         return NoChampion(str(error), in_order=False)
 
 
-def accuracy_of(version: Version, digits: Digits, batch_size: int) -> float:
-    """Return the share of images that a version of the registered model has right.
+def _accuracy_of(version: ModelVersion, digits: Digits, batch_size: int) -> float:
+    """Return the share of images that a version of the registered model reads right.
 
-    Its run says, if these images tested it: so the champion may be of an architecture that the code has left behind.
-    Else its model file reads them.
+    If these images tested it, its run has the figure. Else its model file must be loaded, which needs the architecture
+    that the code has today.
 
     Raises:
-        UserError: the file is not there, or not of the network that the code here describes.
+        UserError: the file is absent or of another architecture.
     """
     if version.tested_on(digits):
         return version.metrics["test_accuracy"]
     with TemporaryDirectory() as directory:
-        champion = load_model(version.download(Path(directory)))
+        champion = load_model(version.download_model(Path(directory)))
     images, labels = digits.tensors(champion.normalization, torch.device("cpu"))
     return score(predict(champion.network, images, batch_size), labels).accuracy
 

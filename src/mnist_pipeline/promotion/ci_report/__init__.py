@@ -1,1 +1,1 @@
-"""What a retraining changed against a base commit, as a comment on the pull request (`mnist ci-report`)."""
+"""Compare a retraining with a base commit, as a comment on the pull request (`mnist ci-report`)."""

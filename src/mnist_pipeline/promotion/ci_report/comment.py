@@ -10,7 +10,6 @@ Names and values may come from a stranger's fork: the template writes each as a 
 import math
 import re
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -22,7 +21,7 @@ from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.promotion.ci_report.differences import PER_CLASS, Retraining
 from mnist_pipeline.promotion.ci_report.pictures import write_pictures
 from mnist_pipeline.promotion.ci_report.state import State, check_out
-from mnist_pipeline.promotion.gate import judge, render_verdicts
+from mnist_pipeline.promotion.gate import judge
 from mnist_pipeline.report.chart_style import BLUE, GREY
 from mnist_pipeline.tracking.store import finished_runs
 
@@ -66,9 +65,9 @@ def render_comment(run: Retraining) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701 (Markdown; `code` escapes)
     )
-    environment.filters |= {"align": _align, "amount": _write_amount, "code": code, "measure": _write_measure}
+    environment.filters |= {"amount": _write_amount, "code": code, "measure": _write_measure}
     metrics = run.changed_metrics()
-    return environment.get_template("comment.md.j2").render(
+    text = environment.get_template("comment.md.j2").render(
         run=run,
         stages=run.executions(),
         metrics=metrics,
@@ -78,8 +77,8 @@ def render_comment(run: Retraining) -> str:
         mistakes=run.mistakes(),
         most_mistakes=_MOST_MISTAKES,
         study_file=STUDIES / f"{run.study.name}.csv",
-        verdicts=render_verdicts([replace(verdict, value=code(verdict.value)) for verdict in run.verdicts]),
     )
+    return re.sub(r"(?m)(^\|.+\|\n)+", lambda table: _pad_table(table[0]), text)
 
 
 def code(value: object) -> str:
@@ -90,8 +89,8 @@ def code(value: object) -> str:
     return f"`{text[: _LONGEST - 1] + '…' if len(text) > _LONGEST else text or ' '}`"
 
 
-def _align(rows: str) -> str:
-    """Pad the rows of a Markdown table, the first being its header; no cell may hold a `|`."""
+def _pad_table(rows: str) -> str:
+    """Make rows whose cells stand between `|` a Markdown table that reads well in a terminal, too."""
     header, *body = [[cell.strip() for cell in row[1:-1].split("|")] for row in rows.splitlines()]
     return f"{markdown_table(header, body)}\n"
 

@@ -103,15 +103,12 @@ class Retraining:
 
         The most confident mistakes come first. Return None if the base has no results on the same labels.
         """
-        before = self.before.predictions if self.before else []
-        if [row["label"] for row in before] != [row["label"] for row in self.after.predictions]:
+        if not self.before or _labels(self.before) != _labels(self.after):
             return None
-        pairs = list(zip(before, self.after.predictions, strict=True))
-        new = [(old, new) for old, new in pairs if _is_right(old) and not _is_right(new)]
-        mended = [(old, new) for old, new in pairs if not _is_right(old) and _is_right(new)]
+        old, new = ({row["index"]: row for row in results.predictions} for results in (self.before, self.after))
         return {
-            "new": sorted(new, key=lambda pair: -pair[1]["probability"]),
-            "mended": sorted(mended, key=lambda pair: -pair[0]["probability"]),
+            "new": [(old[row["index"]], row) for row in self.after.misclassified if _is_right(old[row["index"]])],
+            "mended": [(row, new[row["index"]]) for row in self.before.misclassified if _is_right(new[row["index"]])],
         }
 
     def _standard_deviation(self, name: str, value: float) -> float | None:
@@ -138,6 +135,10 @@ class Retraining:
 
 def _outputs(stage: dict[str, Any]) -> dict[str, object]:
     return {path["path"]: path.get("md5") for path in stage.get("outs", [])}
+
+
+def _labels(results: Results) -> dict[float, float]:
+    return {row["index"]: row["label"] for row in results.predictions}
 
 
 def _is_right(row: ResultRow) -> bool:

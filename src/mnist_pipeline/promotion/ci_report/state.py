@@ -18,7 +18,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text
 from mnist_pipeline.common.params import flatten, read_sections
 from mnist_pipeline.report.results import Results, load_results
-from mnist_pipeline.tracking.provenance import git
+from mnist_pipeline.tracking.git import run_git
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check_out(revision: str, directory: Path) -> str:
     """
     if re.fullmatch("0{40,}", revision):
         return ""
-    commit = git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
+    commit = run_git("rev-parse", "--verify", "--quiet", f"{revision}^{{commit}}").strip()
     if not commit:
         raise UserError(f"--base must be a commit that this repository has, and is {revision!r}: `git fetch` brings it")
     archive = subprocess.run(["git", "archive", "--format=tar", commit], capture_output=True, check=True).stdout
