@@ -11,7 +11,7 @@ from mnist_pipeline.report.architecture import list_layers
 from mnist_pipeline.report.document import draw_charts, render_report, write_figures
 from mnist_pipeline.report.page import render_page
 from mnist_pipeline.report.results import load_results
-from mnist_pipeline.tracking.backfill import backfill, missing
+from mnist_pipeline.tracking.backfill import add_stages, missing_stages
 from mnist_pipeline.tracking.provenance import trace
 from mnist_pipeline.tracking.store import Store, continue_untracked
 
@@ -34,7 +34,7 @@ def main() -> None:
     write_text(paths.PAGE, render_page(report, paths.REPORT.parent, charts))
     with continue_untracked("the report"):
         store = Store()
-        backfill(store, missing(store, "evaluate"))
+        add_stages(store, missing_stages(store, "evaluate"))
         store.add_to_run_of(paths.MODEL, provenance)
 
 

@@ -30,8 +30,7 @@ from mnist_pipeline.promotion.gate import (
     look_up_champion,
     render,
 )
-from mnist_pipeline.tracking.provenance import DATA as DATA_DIRECTORIES
-from mnist_pipeline.tracking.provenance import digest, sha256_of_data
+from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.run import MODEL_TAG, TrackedRun
 from mnist_pipeline.tracking.store import Store
 
@@ -294,8 +293,8 @@ def test_what_git_and_dvc_cannot_say_is_not_clean(workspace: Path) -> None:
 def test_the_data_is_the_whole_directorys(workspace: Path, store: Store, digits: Digits, trained_model: Path) -> None:
     crown(store, trained_model, digits)
     assert rows(gate().output)["data"] == ["the champion's", "other than version 1's", "**failed**"]
-    [run] = store.search("tags.data_sha256 != ''")
-    here = sha256_of_data({str(path): digest(path) for path in DATA_DIRECTORIES})
+    [run] = store.search_runs("tags.data_sha256 != ''")
+    here = sha256_of_images()
     store.client.set_tag(run.info.run_id, "data_sha256", here)
     assert rows(gate().output)["data"] == ["the champion's", "version 1's", "passed"]
 

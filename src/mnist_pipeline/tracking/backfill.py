@@ -1,7 +1,7 @@
-"""Give a model whose training MLflow did not see, or not whole, its run, from the stages' outputs (`make backfill`).
+"""Add to MLflow what it missed of the model in the workspace, from the stages' outputs (`make backfill`).
 
-No run comes about when DVC restores a stage from its cache, after `dvc pull`, or in a clone with another database; and
-a store that fails during a training keeps only a part of one.
+A training has no run, or a part of one, if DVC restored it from its cache, if it came by `dvc pull` or a clone, or if
+the store failed.
 """
 
 import subprocess
@@ -21,59 +21,58 @@ from mnist_pipeline.tracking.run import BACKFILLED_TAG
 from mnist_pipeline.tracking.store import Store, continue_untracked
 
 
-def main() -> None:
-    """Complete the run of the model in the workspace; called again, add nothing."""
+def backfill_run() -> None:
+    """Complete the run of the model in the workspace; a second call adds nothing.
+
+    Raises:
+        UserError: an output is absent, or outputs differ from those of the present params and code.
+    """
     if not MODEL.is_file():
         raise UserError(f"{MODEL} is absent: `dvc repro` makes it, `dvc pull` brings it")
     with continue_untracked(str(MODEL)):
         store = Store()
-        if stages := missing(store, "evaluate", "report"):
+        if stages := missing_stages(store, "evaluate", "report"):
             if subprocess.run(["dvc", "status", "--quiet"], check=False).returncode != 0:
                 raise UserError("the outputs are not those of the params and the code here (`dvc status`): `dvc repro`")
-            backfill(store, stages)
+            add_stages(store, stages)
         else:
             print(f"MLflow has all of the run of {MODEL}")
-        close(store)
-        store.touch()
+        found = store.run_of(MODEL)
+        if found and store.client.get_run(found.id).info.status == "RUNNING":  # the store failed to close it
+            found.close("FINISHED")
+        if store.embedded:
+            store.database.touch()  # newer than dvc.lock: `make repro` need not look again
 
 
-def missing(store: Store, *later: str) -> list[Provenance]:
-    """Return those of train and the later stages that the run of the model here does not hold."""
+def missing_stages(store: Store, *later: str) -> list[Provenance]:
+    """Return those of train and the `later` stages that the model's run lacks."""
     stages = [trace(stage) for stage in later]
     if found := store.run_of(MODEL):
-        return [provenance for provenance in stages if not found.has(provenance)]
+        return [provenance for provenance in stages if not found.has_stage(provenance)]
     return [trace("train"), *stages]
 
 
-def backfill(store: Store, stages: list[Provenance]) -> None:
-    """Add what stages wrote to the run of the model, which is made where there is none."""
+def add_stages(store: Store, stages: list[Provenance]) -> None:
+    """Add what stages wrote to the model's run; the stage train creates or completes that run."""
     for provenance in tqdm(stages, desc="Adding to MLflow", unit="stage", delay=2, leave=False, disable=None):
         if provenance.stage == "train":
-            add_training(store, provenance)
+            _add_training(store, provenance)
         elif found := store.run_of(MODEL):
             datasets = {"test": load_digits(RAW, "test")} if provenance.stage == "evaluate" else {}
-            found.add(provenance, datasets, backfilled=True)
+            found.add_stage(provenance, datasets, backfilled=True)
     if stages:
         print(f"Added to MLflow, from their outputs: {', '.join(provenance.stage for provenance in stages)}")
 
 
-def close(store: Store) -> None:
-    """Close the run of the model, which holds all of its training, where the store failed at just that."""
-    if (found := store.run_of(MODEL)) and store.client.get_run(found.id).info.status == "RUNNING":
-        found.end("FINISHED")
-
-
-def add_training(store: Store, provenance: Provenance) -> None:
-    """Make the run of a training, or complete the one that the store has a part of."""
+def _add_training(store: Store, provenance: Provenance) -> None:
     params = load_params()
     device = set_up_torch(params.threads)
     parts = load_training_data(RAW, ADDED, params.data, params.seed)
     example, _ = parts["monitor"][:2].tensors(params.data, device)
     network = load_model(MODEL).network
-    found = store.unfinished_run_of(provenance) or store.begin_run(provenance, {})
-    found.log(tags={BACKFILLED_TAG: "true"})
-    found.log_start(provenance, parts, network)
-    found.log_history(read_csv(HISTORY))
-    found.log_outputs(provenance)
-    found.log_model(network, MODEL, example)
-    found.end("FINISHED")
+    run = store.unfinished_run_of(provenance) or store.begin_run(provenance, {})
+    run.log(tags={BACKFILLED_TAG: "true"})
+    run.log_start(provenance, parts, network)
+    run.log_history(read_csv(HISTORY))
+    run.log_end(provenance, network, MODEL, example)
+    run.close("FINISHED")

@@ -22,131 +22,125 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.params import flatten
 from mnist_pipeline.data.digits import Digits
-from mnist_pipeline.tracking.provenance import Provenance, title
+from mnist_pipeline.tracking.git import run_title
+from mnist_pipeline.tracking.provenance import Provenance
 from mnist_pipeline.tracking.run import DATA_TAG, MODEL_TAG, TrackedRun
 
-URI = "MLFLOW_TRACKING_URI"
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+PARENT_RUN = "MNIST_PARENT_RUN"  # environment variable: the id of the run that a training belongs to
 DATABASE = Path("mlflow.db")
-EXPERIMENT = "mnist"
-WORKSPACE_TAG = "workspace"
-EXPERIMENT_TAG = "dvc_experiment"
-PARENT = "MNIST_PARENT_RUN"  # in the environment: the id of the run that a training is a part of
+_EXPERIMENT = "mnist"
+_WORKSPACE_TAG = "workspace"
+_DVC_EXPERIMENT_TAG = "dvc_experiment"
 
 
 class Store:
-    """The tracking store: the runs of this project in it."""
+    """The tracking store and this project's runs in it."""
 
     def __init__(self) -> None:
-        """Connect, and make the experiment if it is not there.
+        """Connect, and create the experiment unless it exists.
 
-        Paths are absolute: DVC runs experiments in a temporary copy and names the original `DVC_ROOT`.
+        Paths are absolute: DVC runs experiments in a temporary copy and sets `DVC_ROOT` to the original.
         """
         _configure_mlflow()
         root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
         self.database = root / DATABASE
-        os.environ[URI] = os.environ.get(URI) or f"sqlite:///{self.database}"
-        self.embedded = os.environ[URI] == f"sqlite:///{self.database}"
-        # Two processes that make the database's tables at once break each other (mlflow#6490).
+        os.environ[TRACKING_URI] = os.environ.get(TRACKING_URI) or f"sqlite:///{self.database}"
+        self.embedded = os.environ[TRACKING_URI] == f"sqlite:///{self.database}"
+        # Two processes that create the database's tables at once break each other (mlflow#6490).
         with FileLock(f"{self.database}.lock", timeout=20) if self.embedded else nullcontext():
             if self.embedded:
-                prepare(self.database)
+                prepare_database(self.database)
             self.client = mlflow.MlflowClient()
-            self.experiment_id = self.experiment((root / "mlartifacts").as_uri() if self.embedded else None)
-        # A training belongs to the experiment of DVC that it runs in, if to one, and to the place.
-        self.name = os.environ.get("DVC_EXP_NAME")
-        self.origin = {
-            EXPERIMENT_TAG: self.name,
-            WORKSPACE_TAG: f"{platform.node()}:{root}",
-            MLFLOW_PARENT_RUN_ID: os.environ.get(PARENT),
+            if self.client.get_experiment_by_name(_EXPERIMENT) is None:
+                with ignore_mlflow_error("RESOURCE_ALREADY_EXISTS"):  # another process was faster
+                    artifacts = (root / "mlartifacts").as_uri() if self.embedded else None
+                    self.client.create_experiment(_EXPERIMENT, artifacts)
+            self.experiment_id = str(mlflow.set_experiment(_EXPERIMENT).experiment_id)
+        self.dvc_experiment = os.environ.get("DVC_EXP_NAME")
+        self._origin = {
+            _DVC_EXPERIMENT_TAG: self.dvc_experiment,
+            _WORKSPACE_TAG: f"{platform.node()}:{root}",
+            MLFLOW_PARENT_RUN_ID: os.environ.get(PARENT_RUN),
         }
 
-    def experiment(self, artifacts: str | None) -> str:
-        """Return the id of MLflow's experiment, which is made, with its artifacts at a URI, where it is not there."""
-        if self.client.get_experiment_by_name(EXPERIMENT) is None:
-            try:
-                self.client.create_experiment(EXPERIMENT, artifacts)
-            except mlflow.MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was faster
-                    raise
-        return str(mlflow.set_experiment(EXPERIMENT).experiment_id)
-
-    def search(self, condition: str) -> list[Run]:
+    def search_runs(self, condition: str) -> list[Run]:
         """Return the runs that meet a condition in MLflow's search syntax, newest first."""
         return list(self.client.search_runs([self.experiment_id], condition, order_by=["attributes.start_time DESC"]))
 
     def run_of(self, model: Path) -> TrackedRun | None:
-        """Return the newest run that trained the model in a file, under `dvc exp run` that experiment's alone.
+        """Return the newest run that trained this model file; in an experiment of DVC, only a run of that experiment.
 
-        The file's digest finds it, so no output holds a run's id.
+        The file's digest identifies the run, so no output needs to hold the run's id.
         """
-        runs = self.search(f"tags.{MODEL_TAG} = '{sha256(model)}'")
-        ids = [run.info.run_id for run in runs if self.name in (None, run.data.tags.get(EXPERIMENT_TAG))]
+        runs = self.search_runs(f"tags.{MODEL_TAG} = '{sha256(model)}'")
+        ids = [run.info.run_id for run in runs if self.dvc_experiment in (None, run.data.tags.get(_DVC_EXPERIMENT_TAG))]
         return TrackedRun(self.client, ids[0]) if ids else None
 
     def unfinished_run_of(self, provenance: Provenance) -> TrackedRun | None:
-        """Return the newest run of a training from here that has not got its model, because the store failed."""
-        for run in self.search(f"tags.fingerprint = '{provenance.fingerprint}'"):
+        """Return the newest run of this training, begun in this workspace, that lacks its model: the store failed."""
+        for run in self.search_runs(f"tags.fingerprint = '{provenance.fingerprint}'"):
             tags = run.data.tags
-            if MODEL_TAG not in tags and all(tags.get(name) == value for name, value in self.origin.items()):
+            if MODEL_TAG not in tags and all(tags.get(name) == value for name, value in self._origin.items()):
                 return TrackedRun(self.client, run.info.run_id)
         return None
 
-    def reopen(self, run_id: str | None) -> TrackedRun | None:
-        """Return an interrupted run by its id, running again, where the store still holds it."""
-        try:
-            found = run_id and self.client.get_run(run_id)
-        except mlflow.MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
+    def reopen_run(self, run_id: str | None) -> TrackedRun | None:
+        """Set an interrupted run to RUNNING and return it; None if the store no longer has it."""
+        if not run_id or not self.search_runs(f"attributes.run_id = '{run_id}'"):
             return None
-        if not found or found.info.lifecycle_stage != "active":
-            return None
-        self.client.update_run(found.info.run_id, "RUNNING")
-        return TrackedRun(self.client, found.info.run_id)
+        self.client.update_run(run_id, "RUNNING")
+        return TrackedRun(self.client, run_id)
 
     def begin_run(self, provenance: Provenance, tags: Mapping[str, str]) -> TrackedRun:
         """Begin the run of a training."""
         known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256}
-        known |= {name: value for name, value in self.origin.items() if value}
-        every = resolve_tags({**known, **provenance.tags(), **tags})
-        created = self.client.create_run(self.experiment_id, tags=every, run_name=self.name or title())
+        known |= {name: value for name, value in self._origin.items() if value}
+        all_tags = resolve_tags({**known, **provenance.tags(), **tags})
+        name = self.dvc_experiment or run_title()
+        created = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name)
         return TrackedRun(self.client, created.info.run_id)
 
     def add_to_run_of(self, model: Path, provenance: Provenance, datasets: Mapping[str, Digits] | None = None) -> None:
-        """`TrackedRun.add` to the run that trained the model in a file; say so where there is none."""
+        """Add a stage to the run that trained this model file (`TrackedRun.add_stage`), or print that there is none."""
         if found := self.run_of(model):
-            found.add(provenance, datasets)
+            found.add_stage(provenance, datasets)
         else:
             print(f"MLflow has no run of {model} yet: the report stage or `make backfill` adds it")
-
-    def touch(self) -> None:
-        """Leave a database of our own newer than `dvc.lock`: `make repro` need not look for what it lacks again."""
-        if self.embedded:
-            self.database.touch()
 
 
 def finished_runs(condition: str) -> list[dict[str, Any]]:
     """Return the finished runs that meet a condition in MLflow's search syntax, oldest first.
 
-    Each is flat, under `params.…` and `metrics.…`; of a metric, the last value.
+    Each is flat, with keys `params.…` and `metrics.…`; a metric has its last value.
     """
-    runs = Store().search(f"attributes.status = 'FINISHED' and {condition}")
+    runs = Store().search_runs(f"attributes.status = 'FINISHED' and {condition}")
     return [flatten({"params": run.data.params, "metrics": run.data.metrics}) for run in reversed(runs)]
 
 
 def _configure_mlflow() -> None:
-    """Silence MLflow, and bound how long it waits for a server; what the user has set stays."""
+    """Silence MLflow and limit how long it waits for a server; settings of the user stay."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # By default MLflow waits minutes for a server that does not answer. These settings give a request up after 13
-    # seconds. A stage may send one more to close what it began, so it loses less than 30.
+    # By default MLflow waits minutes for a server that does not answer. These settings end a request after 13 seconds.
+    # A stage may send one more to close what it began, so it loses less than 30.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
-    mlflow.telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]  # the import has set one already
+    mlflow.telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]  # the import has already created one
     for name in ("mlflow", "urllib3"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # `continue_untracked` says all there is to say
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # `continue_untracked` reports failures in one line
+
+
+@contextmanager
+def ignore_mlflow_error(*codes: str) -> Iterator[None]:
+    """Ignore MLflow's errors with these codes in the block."""
+    try:
+        yield
+    except mlflow.MlflowException as error:
+        if error.error_code not in codes:
+            raise
 
 
 class StoreError(UserError):
@@ -155,25 +149,25 @@ class StoreError(UserError):
 
 @contextmanager
 def store_errors() -> Iterator[None]:
-    """Say in one line why the store fails in the block.
+    """Turn any failure of the store in the block into one line.
 
     Raises:
-        StoreError: it does.
+        StoreError: the store failed.
     """
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # MLflow lets through what SQLAlchemy, requests, Alembic and the disk raise
-        raise StoreError(f"MLflow at {address()} failed ({explain(error)})") from None
+    except Exception as error:  # MLflow passes on errors of SQLAlchemy, requests, Alembic and the disk
+        raise StoreError(f"MLflow at {store_address()} failed ({_explain(error)})") from None
 
 
 @contextmanager
 def continue_untracked(untracked: str) -> Iterator[None]:
-    """Say in one line that something is not tracked, and why, where the store fails in the block.
+    """Go on after a failure of the store in the block, with a warning that says what is not tracked and why.
 
     Raises:
-        UserError: it fails and `MNIST_TRACKING` is `required`.
+        UserError: the store failed and `MNIST_TRACKING` is `required`.
     """
     choices = ("optional", "required")
     if (choice := os.environ.get("MNIST_TRACKING", choices[0])) not in choices:
@@ -188,46 +182,46 @@ def continue_untracked(untracked: str) -> Iterator[None]:
         print(f"warning: {message}: `make backfill` adds it when MLflow works again", file=sys.stderr, flush=True)
 
 
-def address() -> str:
-    """Return the store's address without the password that it may have."""
-    return re.sub(r"//[^/]*@", "//", os.environ.get(URI, str(DATABASE)))
+def store_address() -> str:
+    """Return the store's address, without any password."""
+    return re.sub(r"//[^/]*@", "//", os.environ.get(TRACKING_URI, str(DATABASE)))
 
 
-def explain(error: Exception) -> str:
-    """Say in a phrase why the store failed."""
+def _explain(error: Exception) -> str:
+    """Say in one phrase why the store failed, and what to do about it if we know."""
     text = str(error).strip() or type(error).__name__
     if re.search(r"database schema|Can't locate revision", text):
         return (
             f"the database's schema is not that of MLflow {version('mlflow')}: if an older one made it, copy it and "
-            f"`mlflow db upgrade {address()}`; if a newer one, install that"
+            f"`mlflow db upgrade {store_address()}`; if a newer one, install that"
         )
     if "file is not a database" in text:
-        return f"{address()} is no SQLite database: move it away, and a new one is made"
-    if cause := re.search(r"Caused by (.*)\)", text):  # of a request that was given up: what the last attempt met
+        return f"{store_address()} is no SQLite database: move it away, and a new one is made"
+    if cause := re.search(r"Caused by (.*)\)", text):  # MLflow gave a request up: what its last attempt met
         text = re.sub(r"<[^>]*>, |HTTP\w+\([^)]*\): |.*', \w+\((\d+, )?", "", cause[1])
         return re.sub(r"^(\w+\()?['\"]|['\"]\)*$", "", text)
     return text.splitlines()[0].split(". ")[0]
 
 
-def prepare(database: Path) -> None:
-    """Make MLflow's database where there is none, whole or not at all: it does not go on with tables half made.
+def prepare_database(database: Path) -> None:
+    """Create MLflow's database if it is absent, whole or not at all: MLflow cannot continue with half of its tables.
 
     Raises:
-        sqlite3.Error: the file that is there is no SQLite database, or cannot be written; MLflow would try for minutes.
+        sqlite3.Error: the file is no SQLite database or cannot be written. MLflow would retry for minutes.
     """
     if not database.exists() or database.stat().st_size == 0:
         new = database.with_name(f"{database.name}.new")
         try:
-            remove(new)  # what a process that was killed has left
+            _remove_database(new)  # left by a process that was killed
             mlflow.MlflowClient(f"sqlite:///{new}").search_experiments()
             new.replace(database)
         finally:
-            remove(new)
+            _remove_database(new)
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("BEGIN IMMEDIATE")
 
 
-def remove(database: Path) -> None:
+def _remove_database(database: Path) -> None:
     """Remove a database and its journal."""
     for file in database.parent.glob(f"{database.name}*"):
         file.unlink()
