@@ -1,4 +1,4 @@
-"""Train the committed commit again, in a temporary clone and without any cache, and compare (`make reproduce`)."""
+"""Train the committed commit again in a temporary clone, without any cache, and compare (`make reproduce`)."""
 
 import shutil
 import subprocess
@@ -11,50 +11,57 @@ import yaml
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_csv
 from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
-from mnist_pipeline.tracking.provenance import clean_environment, git
+from mnist_pipeline.tracking.git import run_git
+from mnist_pipeline.tracking.provenance import clean_environment
 
-COMPARED = [HISTORY, PREDICTIONS]  # kept in git, so that their numbers can be set beside the new ones
+_COMPARED = [LOCK, HISTORY, PREDICTIONS]  # git keeps these, so the new ones can be compared with them
 
 
-def main() -> None:
-    """Run the whole pipeline at HEAD again and print, for each output, whether it is the committed one."""
-    commit = git("rev-parse", "--short", "HEAD").strip()
+def reproduce_commit() -> None:
+    """Run the whole pipeline at HEAD again; print for each output whether it is the committed one.
+
+    Exits with 0 if all are, otherwise with 1.
+
+    Raises:
+        UserError: there is no commit, it lacks the outputs to compare with, or its pipeline fails.
+    """
+    commit = run_git("rev-parse", "--short", "HEAD").strip()
     if not commit:
-        raise UserError("this is no git repository with a commit: there is nothing to compare with")
+        raise UserError("this is not a git repository with a commit: there is nothing to compare with")
     with tempfile.TemporaryDirectory() as temporary:
         clone, committed = Path(temporary) / "clone", Path(temporary) / "committed"
         subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
-        for path in [LOCK, *COMPARED]:
+        for path in _COMPARED:
             if not (clone / path).is_file():
-                raise UserError(f"{path} is not committed: `make repro`, then commit {LOCK} and {REPORTS}")
+                raise UserError(f"{path} is not committed: run `make repro`, then commit {LOCK} and {REPORTS}")
             (committed / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(clone / path, committed / path)
         print(f"Running the pipeline of commit {commit} again", flush=True)
-        data = {"MNIST_DIR": str(RAW.resolve())} if RAW.is_dir() else {}  # the clone need not download it again
+        data = {"MNIST_DIR": str(RAW.resolve())} if RAW.is_dir() else {}  # saves the clone a download
         environment = data | clean_environment()
         for tracked in (clone / ADDED).glob("*.dvc"):
             addition = ADDED / tracked.stem
             get = ["dvc", "get", "--quiet", "--rev", "HEAD", "--out", str(clone / addition), ".", str(addition)]
-            subprocess.run(get, env=environment, check=False)  # without it, `dvc repro` says what is missing
+            subprocess.run(get, env=environment, check=False)  # if it fails, `dvc repro` says what is missing
         if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=environment, check=False).returncode != 0:
-            raise UserError(f"the pipeline of commit {commit} failed, as printed above")
-        before, after = digests(committed / LOCK), digests(clone / LOCK)
+            raise UserError(f"the pipeline of commit {commit} failed, see above")
+        before, after = output_digests(committed / LOCK), output_digests(clone / LOCK)
         print(f"\nOutputs of commit {commit}, made again:")
         for output, digest in before.items():
             print(f"  {output:<26} {'identical' if after.get(output) == digest else 'DIFFERENT'}")
-        verdict = "identical, byte for byte" if before == after else difference(committed, clone)
+        verdict = "identical, byte for byte" if before == after else describe_difference(committed, clone)
     print(f"Verdict: {verdict}")
     sys.exit(before != after)
 
 
-def digests(lock: Path) -> dict[str, str]:
-    """Return the digest of each output in a `dvc.lock`."""
+def output_digests(lock: Path) -> dict[str, str]:
+    """Return the MD5 digest of each output in a `dvc.lock`."""
     stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()
     return {output["path"]: output["md5"] for stage in stages for output in stage["outs"]}
 
 
-def difference(committed: Path, again: Path) -> str:
-    """Say by how much two runs differ: another processor may change the last bits, which seldom change a prediction."""
+def describe_difference(committed: Path, again: Path) -> str:
+    """Say how much two runs differ: another processor may change the last bits, but seldom a prediction."""
     histories = [read_csv(directory / HISTORY) for directory in (committed, again)]
     predictions = [read_csv(directory / PREDICTIONS) for directory in (committed, again)]
     if any(len(first) != len(second) for first, second in (histories, predictions)):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT
+from support import DATA, ROOT
+from support.additions import NEW, TEST, TRAIN, write_idx
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import Params
@@ -84,3 +85,47 @@ def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, para
 def test_no_two_of_mnists_images_count_as_copies() -> None:
     keys = [key for part in ("train", "test") for key in duplicate_keys(load_digits(ROOT / "data/raw", part))]
     assert len(set(keys)) == len(keys) == 70_000
+
+
+@pytest.mark.parametrize("validation_size", [0, 50])
+def test_without_additions_the_data_are_only_mnists(params: Params, tmp_path: Path, validation_size: int) -> None:
+    (tmp_path / ".gitignore").write_text("*")
+    data = params.data.model_copy(update={"validation_size": validation_size})
+    parts = load_training_data(DATA, tmp_path, data, seed=0)
+    expected = split(TRAIN, 50, seed=0) if validation_size else (TRAIN, TEST)
+    assert [part.sha256() for part in parts.values()] == [part.sha256() for part in expected]
+
+
+@pytest.mark.parametrize("validation_size", [0, 50])
+def test_additions_train_and_leave_the_monitoring_images_as_they_are(
+    params: Params, tmp_path: Path, validation_size: int
+) -> None:
+    write_idx(tmp_path / "b", NEW[:10])
+    write_idx(tmp_path / "a", NEW[10:])
+    data = params.data.model_copy(update={"validation_size": validation_size})
+    parts = load_training_data(DATA, tmp_path, data, seed=0)
+    training, monitor = split(TRAIN, 50, seed=0) if validation_size else (TRAIN, TEST)
+    assert parts["monitor"].sha256() == monitor.sha256()
+    assert parts["train"].sha256() == (training + NEW[10:] + NEW[:10]).sha256()
+
+
+@pytest.mark.parametrize(("part", "validation_size"), [("test", 0), ("test", 50), ("train", 0)])
+def test_an_addition_with_a_copy_of_an_image_of_mnist_is_refused(
+    params: Params, tmp_path: Path, part: str, validation_size: int
+) -> None:
+    write_idx(tmp_path / "mine", NEW[:3] + {"test": TEST, "train": TRAIN}[part][9:10])
+    data = params.data.model_copy(update={"validation_size": validation_size})
+    with pytest.raises(UserError, match=rf"mine: image 3 \(a copy of MNIST's {part} image 9\)$"):
+        load_training_data(DATA, tmp_path, data, seed=0)
+
+
+def test_a_tracked_addition_that_is_absent_is_an_error(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "mine.dvc").write_text("outs: []")
+    with pytest.raises(UserError, match=r"mine/train-images-idx3-ubyte cannot be read .*dvc pull"):
+        load_training_data(DATA, tmp_path, params.data, seed=0)
+
+
+def test_a_file_that_is_not_an_addition_is_an_error(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(UserError, match="notes/train-images-idx3-ubyte cannot be read"):
+        load_training_data(DATA, tmp_path, params.data, seed=0)

@@ -1,4 +1,4 @@
-"""Where a run differs from the committed one, it is said by how much."""
+"""`mnist reproduce` compares digests and says how much a run differs from the committed one."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from mnist_pipeline.common.files import write_csv
 from mnist_pipeline.common.paths import HISTORY, PREDICTIONS
-from mnist_pipeline.reproduce import difference, digests
+from mnist_pipeline.reproduce import describe_difference, output_digests
 
 LOCK = """
 schema: '2.0'
@@ -28,9 +28,9 @@ def write_run(directory: Path, losses: list[float], predictions: list[int]) -> P
     return directory
 
 
-def test_digests_are_those_of_the_outputs(tmp_path: Path) -> None:
+def test_only_outputs_are_compared(tmp_path: Path) -> None:
     (tmp_path / "dvc.lock").write_text(LOCK)
-    assert digests(tmp_path / "dvc.lock") == {"models/model.safetensors": "bb", "reports/metrics.json": "cc"}
+    assert output_digests(tmp_path / "dvc.lock") == {"models/model.safetensors": "bb", "reports/metrics.json": "cc"}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_digests_are_those_of_the_outputs(tmp_path: Path) -> None:
 def test_a_difference_is_measured(tmp_path: Path, losses: list[float], predictions: list[int], said: list[str]) -> None:
     committed = write_run(tmp_path / "committed", [0.5, 0.25], [0, 1, 2, 3])
     again = write_run(tmp_path / "again", losses, predictions)
-    verdict = difference(committed, again)
+    verdict = describe_difference(committed, again)
     assert verdict.startswith("different")
     for part in said:
         assert part in verdict

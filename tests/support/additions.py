@@ -1,4 +1,4 @@
-"""Digits that are no copies of MNIST's, to be added to them, as pictures or IDX files."""
+"""New digits to add to MNIST's, as pictures or IDX files."""
 
 from pathlib import Path
 
@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mnist_pipeline.data.digits import Digits, load_digits
-from mnist_pipeline.serving.additions import IMAGES, LABELS, encode_idx
+from mnist_pipeline.data.digits import FILES, Digits, load_digits
+from mnist_pipeline.serving.additions import encode_idx
 from support import DATA
 
+IMAGES, LABELS = FILES[:2]
 TRAIN, TEST = (load_digits(DATA, part) for part in ("train", "test"))
-# Real digits a pixel further right, so no copies; of classes of which the small MNIST has few.
+# Real digits, moved by a pixel so that they are not copies, of the classes that are rare in the small MNIST.
 RARE = torch.isin(TRAIN.labels, torch.tensor([0, 3, 6, 8]))
 NEW = Digits(torch.roll(TRAIN.pixels, 1, dims=2), TRAIN.labels)[RARE][:40]
 

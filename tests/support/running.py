@@ -1,4 +1,4 @@
-"""The web service on loopback, in a thread of the tests."""
+"""The web service on loopback, in a thread of the test process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,13 +7,13 @@ from threading import Thread
 
 import uvicorn
 
-from mnist_pipeline.serving.service import create_app, listen, load_classifier
+from mnist_pipeline.serving.service import create_app, load_classifier, open_socket
 
 
 @contextmanager
 def running(model: Path) -> Iterator[str]:
-    """Serve a model's file for a while, at the address that is given."""
-    with listen("127.0.0.1", 0) as listening:
+    """Serve a model file inside the block; yields the address."""
+    with open_socket("127.0.0.1", 0) as listening:
         server = uvicorn.Server(uvicorn.Config(create_app(*load_classifier(model)), log_level="warning"))
         thread = Thread(target=server.run, args=([listening],))
         thread.start()

@@ -49,8 +49,10 @@ def load_model(path: Path) -> TrainedModel:
         network = Net(ModelParams.model_validate(description["architecture"]))
         network.load_state_dict(weights)
         normalization = Normalization.model_validate(description["normalization"])
+    except FileNotFoundError:
+        raise UserError(f"{path} is absent: `make repro` makes it, `dvc pull` brings it") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): `dvc repro` makes it, `dvc pull` brings it") from None
+        raise UserError(f"{path} cannot be read ({error})") from None
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is not a model of this pipeline ({' '.join(str(error).split())})") from None
     return TrainedModel(network.eval(), normalization)

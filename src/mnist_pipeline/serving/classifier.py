@@ -1,16 +1,20 @@
 """A trained network that reads one digit at a time."""
 
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
+import click
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import CLASSES, SIDE
 from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.serving.preprocessing import name_in_errors, open_image, to_mnist_image
 
 
 @dataclass(frozen=True)
@@ -29,18 +33,31 @@ class Classifier:
         UserError: the file is absent, damaged, or of another network.
     """
 
-    def __init__(self, path: Path = MODEL) -> None:
-        if not path.exists():
-            raise UserError(f"{path} is absent: `make repro` trains the network, `dvc pull` fetches it")
-        model = load_model(path)
-        self.network, self.normalization = model.network, model.normalization
-        torch.set_num_threads(1)  # more would only wait for one another over a single image
+    def __init__(self, path: Path) -> None:
+        self.model = load_model(path)
+        torch.set_num_threads(1)  # more threads would only wait for one another over a single image
 
     def classify(self, pixels: NDArray[np.uint8]) -> Prediction:
         """Read a digit (28, 28), white on black, 0 to 255."""
-        scaled = torch.tensor(pixels, dtype=torch.float32) / 255
-        images = ((scaled - self.normalization.mean) / self.normalization.std).view(1, 1, SIDE, SIDE)
+        mean, std = self.model.normalization.mean, self.model.normalization.std
+        images = ((torch.tensor(pixels, dtype=torch.float32) / 255 - mean) / std).view(1, 1, SIDE, SIDE)
         with torch.inference_mode():
-            probabilities = self.network(images)[0].double().softmax(dim=0).tolist()  # doubles sum to 1
+            probabilities = self.model.network(images)[0].double().softmax(dim=0).tolist()  # doubles sum to 1
         digit = max(range(CLASSES), key=probabilities.__getitem__)
         return Prediction(digit, probabilities[digit], probabilities)
+
+
+def classify_files(files: Sequence[str], classifier: Classifier) -> Iterator[tuple[str, Prediction]]:
+    """Read the digit in each picture; `-` is standard input.
+
+    Yields the name and the prediction of each picture that can be read; the others get a line on standard error.
+    """
+    for file in files:
+        name = click.format_filename(file)
+        try:
+            with name_in_errors(name), click.open_file(file, "rb") as picture:
+                prediction = classifier.classify(to_mnist_image(open_image(cast("BinaryIO", picture))))
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            yield name, prediction

@@ -1,4 +1,4 @@
-"""A trained network in ONNX, for programs without PyTorch, written once it agrees with PyTorch on real digits."""
+"""A trained network in ONNX, for programs without PyTorch. It is written only if it agrees with PyTorch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,79 +13,81 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256, write_bytes
 from mnist_pipeline.data.digits import SIDE, Digits
 from mnist_pipeline.model.inference import predict
-from mnist_pipeline.serving.classifier import Classifier
+from mnist_pipeline.model.model_file import TrainedModel, load_model
 
-INPUT, OUTPUT = "images", "log_probabilities"
-BATCH_SIZES = [1, 32, 1000]
-TOLERANCE = 1e-4  # nats, between the log-probabilities of both
+TOLERANCE = 1e-4  # nats: the largest difference allowed between the log-probabilities of both
+_INPUT, _OUTPUT = "images", "log_probabilities"
+_BATCH_SIZES = [1, 32, 1000]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far ONNX Runtime is from PyTorch: the largest difference of a log-probability (nats), other predictions."""
+    """How ONNX Runtime's answers differ from PyTorch's: in log-probabilities (nats) and in predictions."""
 
     digits: int
     batch_sizes: list[int]
     largest_difference: float
     other_predictions: int
+    tolerance: float
+
+    def __str__(self) -> str:
+        same = self.digits - self.other_predictions
+        return (
+            f"ONNX Runtime predicts the same as PyTorch for {same:,} of {self.digits:,} test digits, in batches of "
+            f"{', '.join(map(str, self.batch_sizes))}; log-probabilities differ by at most "
+            f"{self.largest_difference:.1e} ({self.tolerance:.0e} is allowed)"
+        )
 
 
-def export_onnx(model: Path, path: Path, digits: Digits) -> Agreement:
-    """Write a model file's network as ONNX if, run by ONNX Runtime, it predicts for all digits what PyTorch does.
+def export_onnx(model_file: Path, path: Path, digits: Digits) -> Agreement:
+    """Write a model file's network as ONNX if ONNX Runtime predicts the same for all digits as PyTorch.
 
     The same model gives the same bytes.
 
     Raises:
         UserError: a prediction differs, or a log-probability by more than TOLERANCE. Nothing is written.
     """
-    classifier = Classifier(model)
-    program = to_onnx(classifier, sha256(model)).SerializeToString(deterministic=True)
-    agreement = compare(program, classifier, digits)
-    if agreement.other_predictions or not agreement.largest_difference <= TOLERANCE:  # so that NaN fails, too
-        raise UserError(
-            f"{path} is not written: of {agreement.digits:,} digits ONNX Runtime reads {agreement.other_predictions} "
-            f"otherwise than PyTorch, and log-probabilities differ by up to {agreement.largest_difference:.1e}, where "
-            f"{TOLERANCE:.0e} is allowed"
-        )
+    model = load_model(model_file)
+    program = convert_to_onnx(model, sha256(model_file)).SerializeToString(deterministic=True)
+    agreement = _compare_with_pytorch(program, model, digits)
+    if agreement.other_predictions or not agreement.largest_difference <= TOLERANCE:  # NaN fails, too
+        raise UserError(f"{path} is not written: {agreement}")
     write_bytes(path, program)
     return agreement
 
 
-def to_onnx(classifier: Classifier, digest: str) -> onnx.ModelProto:
-    """Return the network as ONNX: from normalised images (N, 1, 28, 28) to log-probabilities (N, 10).
+def convert_to_onnx(model: TrainedModel, digest: str) -> onnx.ModelProto:
+    """Convert the network to ONNX: from normalised images (N, 1, 28, 28) to log-probabilities (N, 10).
 
-    Its metadata hold what normalises the images, `mean` and `std`, and the model file's digest, `model_sha256`.
+    The metadata hold the normalisation, `mean` and `std`, and the model file's digest, `model_sha256`.
     """
     program = torch.onnx.export(
-        classifier.network,
+        model.network,
         (torch.zeros(2, 1, SIDE, SIDE),),
-        input_names=[INPUT],
-        output_names=[OUTPUT],
-        dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+        input_names=[_INPUT],
+        output_names=[_OUTPUT],
+        dynamic_shapes={_INPUT: {0: torch.export.Dim("batch")}},
         dynamo=True,
         verbose=False,
     )
-    model = cast("torch.onnx.ONNXProgram", program).model_proto
-    graph = model.graph
+    converted = cast("torch.onnx.ONNXProgram", program).model_proto
+    graph = converted.graph
     for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")  # paths of source files, among others
-    normalization = classifier.normalization
-    metadata = {"mean": normalization.mean, "std": normalization.std, "model_sha256": digest}
-    onnx.helper.set_model_props(model, {name: str(value) for name, value in metadata.items()})
-    onnx.checker.check_model(model, full_check=True)
-    return model
+    metadata = {"mean": model.normalization.mean, "std": model.normalization.std, "model_sha256": digest}
+    onnx.helper.set_model_props(converted, {name: str(value) for name, value in metadata.items()})
+    onnx.checker.check_model(converted, full_check=True)
+    return converted
 
 
-def compare(program: bytes, classifier: Classifier, digits: Digits) -> Agreement:
-    """Run digits through ONNX Runtime, in batches of each of BATCH_SIZES, and through PyTorch."""
-    images, _ = digits.tensors(classifier.normalization, torch.device("cpu"))
-    expected = predict(classifier.network, images, max(BATCH_SIZES)).numpy()
+def _compare_with_pytorch(program: bytes, model: TrainedModel, digits: Digits) -> Agreement:
+    images, _ = digits.tensors(model.normalization, torch.device("cpu"))
+    expected = predict(model.network, images, max(_BATCH_SIZES)).numpy()
     session = onnxruntime.InferenceSession(program, providers=["CPUExecutionProvider"])
     difference, others = 0.0, 0
-    for size in BATCH_SIZES:
-        batches = images.split(size)
-        found = np.concatenate([session.run([OUTPUT], {INPUT: batch.numpy()})[0] for batch in batches])
+    for size in _BATCH_SIZES:
+        found = np.concatenate([session.run([_OUTPUT], {_INPUT: part.numpy()})[0] for part in images.split(size)])
         difference = max(difference, float(np.abs(found - expected).max()))
         others = max(others, int((found.argmax(axis=1) != expected.argmax(axis=1)).sum()))
-    return Agreement(len(digits), BATCH_SIZES, difference, others)
+    return Agreement(len(digits), _BATCH_SIZES, difference, others, TOLERANCE)
