@@ -1,4 +1,4 @@
-"""The workflows: least privilege, nothing unpinned, no logic of their own; and GitLab's page calls the same."""
+"""The workflows have least privilege, pin everything and hold no logic; GitLab's page calls the same commands."""
 
 import re
 import subprocess
@@ -29,8 +29,8 @@ def steps(path: Path) -> list[dict[str, Any]]:
 
 
 def commands(script: str) -> set[str]:
-    """Return what a script calls of make and `mnist`, such as `make repro`."""
-    return set(re.findall(r"\b(make [a-z]+|mnist [a-z-]+)", script))
+    """Return the targets of make and the commands of `mnist` that a script calls, such as `make repro`."""
+    return set(re.findall(r"\b((?:make|mnist) [a-z-]+)", script))
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +93,22 @@ def test_scripts_hold_no_logic(retrain: Path) -> None:
                 assert re.match(r"(make|mnist) [a-z-]+|cat ci-report\.md >> ", line), line
 
 
+def test_pull_requests_get_the_quick_suite_and_main_gets_all_tests_every_week() -> None:
+    [ci] = [path for path in GITHUB if path.stem == "ci"]
+    on = load(ci)[True]
+    assert set(on) == {"pull_request", "push", "schedule"}
+    assert on["push"]["branches"] == ["main"]
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", on["schedule"][0]["cron"])  # once a week
+    conditions = {step["run"]: step.get("if") for step in steps(ci) if "run" in step}
+    assert conditions == {
+        "make check": None,
+        "make test": "github.event_name == 'pull_request'",
+        "make test-all": "github.event_name != 'pull_request'",
+    }
+
+
 def test_every_target_is_in_the_makefile(retrain: Path) -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     called = set().union(*(commands(step.get("run", "")) for path in GITHUB for step in steps(path)))
     assert {command.removeprefix("make ") for command in called if command.startswith("make ")} <= targets
 
