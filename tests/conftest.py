@@ -7,7 +7,7 @@ import pytest
 import torch
 from filelock import FileLock
 from support import DATA, ROOT
-from support.repository import Repository
+from support.repository import FIRST_REPRO, Repository
 
 from mnist_pipeline.common.params import Params, load_params
 from mnist_pipeline.data.digits import load_digits
@@ -41,9 +41,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Reposit
             return Repository(root)
         unfinished = root.with_name("trained.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
-        repository = Repository.create(unfinished).init()
+        repository = Repository.create(unfinished, fresh=True).init()
         done = repository.dvc("repro")
         assert done.returncode == 0, done.stdout
+        (unfinished / FIRST_REPRO).write_text(done.stdout, encoding="utf-8")
         repository.commit()
         repository.copy(root)
         return Repository(root)

@@ -32,6 +32,7 @@ PIPELINE = [
     "src",
     "stages",
 ]
+FIRST_REPRO = ".git/first-repro.txt"  # what the `dvc repro` that trained the fixture `trained` printed
 PLACES = {  # columns of MLflow's database that hold the directory of the repository
     "experiments": "artifact_location",
     "runs": "artifact_uri",

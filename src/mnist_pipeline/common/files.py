@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Reading files, and writing them whole or not at all."""
 
 import csv
 import hashlib

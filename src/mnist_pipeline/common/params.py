@@ -1,4 +1,4 @@
-"""`params.yaml`, parsed once into frozen types that refuse what they do not know."""
+"""`params.yaml`, parsed once into frozen types that refuse unknown keys and wrong values."""
 
 import re
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ def load_yaml(text: str) -> object:
 
 
 class Section(BaseModel):
-    """A part of the params: frozen, strict about types, closed to unknown keys, finite numbers only."""
+    """A part of the params: frozen, with strict types, known keys and finite numbers only."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -56,7 +56,7 @@ class DataParams(Normalization):
 
     @property
     def monitor_name(self) -> str:
-        """What the images that monitor a training are called."""
+        """The name of the images that monitor a training."""
         return "Validation" if self.validation_size else "Test"
 
 

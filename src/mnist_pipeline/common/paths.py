@@ -1,4 +1,4 @@
-"""The names of all files, relative to the repository's root, where every stage runs."""
+"""The paths of all files, relative to the repository's root, where every stage runs."""
 
 from pathlib import Path
 
@@ -10,9 +10,9 @@ REQUIREMENTS = Path("requirements.lock")
 
 RAW = Path("data/raw")
 DIGESTS = Path("data/SHA256SUMS")
-ADDED = Path("data/added")  # digits to train on besides MNIST's, each addition a directory that DVC tracks
+ADDED = Path("data/added")  # digits to train on besides MNIST's; DVC tracks a directory for each addition
 
-CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings, outside all outputs
+CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings; outside all outputs, which DVC deletes
 
 MODEL = Path("models/model.safetensors")
 
@@ -26,7 +26,7 @@ REPORT = REPORTS / "report.md"
 PAGE = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 
-# Written by `mnist study`, `make diff` and `make bench`, no outputs of a stage.
+# Not written by a stage, but by `mnist study`, `make diff` and `make bench`.
 STUDIES = REPORTS / "studies"
 DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"

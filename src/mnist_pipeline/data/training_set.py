@@ -1,4 +1,4 @@
-"""The images that train a network and those that monitor it: MNIST's, the digits added to them, a validation split."""
+"""The images that train a network, and those that monitor its training: MNIST, added digits, a validation split."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -9,19 +9,19 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mnist_pipeline.common.params import TrainParams
 
-OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
+_OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
 
-# Of the quintic whose iteration brings all singular values near to 1 (Jordan et al., 2024).
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
+# The coefficients of a quintic; iterating it brings all singular values close to 1 (Jordan et al., 2024).
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Step along the momentum, made orthogonal: each direction in which a matrix maps moves by as much.
+    """Step along the orthogonalised momentum, so that every singular direction of a weight matrix moves equally far.
 
-    A convolution's weights (outputs, inputs, height, width) are a matrix of as many rows as outputs. A step is scaled
-    to the size of AdamW's, so that their learning rates and weight decays are alike (Liu et al., arXiv:2502.16982).
-    Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon; torch's Muon does the same for matrices alone.
+    A convolution's weights (outputs, inputs, height, width) count as a matrix with a row for each output. Steps are
+    scaled to the size of AdamW's, so the same learning rate and weight decay suit both (Liu et al., arXiv:2502.16982).
+    Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon; torch's Muon takes matrices only.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -29,14 +29,14 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Take one step along the gradients that the weights hold."""
+        """Take one step, from the gradients stored with the weights."""
         for group in self.param_groups:
             for weights in group["params"]:
                 state = self.state[weights]
                 if not state:
                     state["momentum"] = torch.zeros_like(weights)
                 state["momentum"].lerp_(weights.grad, 1 - group["momentum"])
-                ahead = weights.grad.lerp(state["momentum"], group["momentum"])  # Nesterov's
+                ahead = weights.grad.lerp(state["momentum"], group["momentum"])  # Nesterov momentum
                 direction = orthogonalize(ahead.flatten(1))
                 size = 0.2 * max(direction.shape) ** 0.5
                 weights.mul_(1 - group["lr"] * group["weight_decay"])
@@ -44,22 +44,22 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return about the nearest matrix (M, N) whose rows or columns, the fewer, are orthogonal and of length 1."""
+    """Return approximately the nearest matrix (M, N) with orthonormal rows or columns, whichever are fewer."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = _NEWTON_SCHULZ
     found: Tensor = matrix / (torch.linalg.matrix_norm(matrix) + 1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(_ITERATIONS):
         gram = found @ found.T
         found = a * found + (b * gram + c * gram @ gram) @ found
     return found
 
 
 def build_optimizers(model: nn.Module, params: TrainParams) -> list[Optimizer]:
-    """Return what steps the model's weights: Muon those of the convolutions and AdamW the others, or one for all."""
+    """Return the optimizers of a model's weights: one for all, or Muon for the convolutions and AdamW for the rest."""
     options: dict[str, Any] = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
     weights = list(model.parameters())
     if params.optimizer != "muon":
-        return [OPTIMIZERS[params.optimizer](weights, **options)]
+        return [_OPTIMIZERS[params.optimizer](weights, **options)]
     matrices = [weight for weight in weights if weight.ndim > 1]
     return [Muon(matrices, **options), AdamW([weight for weight in weights if weight.ndim == 1], **options)]
