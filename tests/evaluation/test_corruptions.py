@@ -1,4 +1,4 @@
-"""The corruptions: each does what its name says, to every image, and the same again."""
+"""The corruptions: each does what its name says to every image, and does the same each time."""
 
 import zlib
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def generator() -> Generator:
 
 
 def dots(*places: tuple[int, int]) -> Tensor:
-    """Return twenty images (20, 28, 28), black but for white pixels at these rows and columns."""
+    """Return twenty black images (20, 28, 28) with white pixels at these rows and columns."""
     images = torch.zeros(20, 28, 28)
     for row, column in places:
         images[:, row, column] = 1
@@ -50,7 +50,7 @@ def test_every_image_is_changed_and_stays_an_image(corruption: Corruption, digit
 
 
 @each_corruption
-def test_it_is_the_same_again_whatever_else_is_drawn(corruption: Corruption, digits: Digits) -> None:
+def test_it_does_not_depend_on_other_random_numbers(corruption: Corruption, digits: Digits) -> None:
     first = corruption.apply(digits)
     torch.manual_seed(3)
     for other in CORRUPTIONS:
@@ -59,12 +59,12 @@ def test_it_is_the_same_again_whatever_else_is_drawn(corruption: Corruption, dig
 
 
 @each_corruption
-def test_an_image_becomes_the_same_whatever_follows_it(corruption: Corruption, digits: Digits) -> None:
+def test_an_image_does_not_depend_on_those_that_follow_it(corruption: Corruption, digits: Digits) -> None:
     assert torch.equal(corruption.apply(digits[:5]).pixels, corruption.apply(digits).pixels[:5])
 
 
 @each_corruption
-def test_a_batch_goes_on_where_the_last_one_stopped(
+def test_a_corruption_does_not_depend_on_the_batch_size(
     corruption: Corruption, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = corruption.apply(digits)
@@ -81,7 +81,7 @@ def test_corruptions_differ_in_name_and_seed() -> None:
     "function",
     [corruptions.rotate, corruptions.shear, corruptions.tilt, corruptions.shrink, corruptions.deform],
 )
-def test_what_moves_pixels_leaves_an_even_image_even(
+def test_a_corruption_that_moves_pixels_leaves_a_grey_image_grey(
     function: Callable[[Tensor, Generator], Tensor], generator: Generator
 ) -> None:
     found = function(torch.full((4, 28, 28), 0.5), generator)
@@ -130,7 +130,7 @@ def test_perspective_leaves_one_side_its_height_and_makes_the_other_smaller(gene
     assert {int(row[0] > row[27]) for row in heights} == {0, 1}
 
 
-def test_a_deformation_moves_neighbours_alike_by_as_much_as_it_says(generator: Generator) -> None:
+def test_a_deformation_moves_neighbours_alike_and_by_its_deviation(generator: Generator) -> None:
     ramp = (torch.arange(28) / 27).expand(2000, 28, 28)
     moves = 27 * (corruptions.deform(ramp, generator, pixels=1.0, sigma=3) - ramp)[:, 9:19, 9:19]
     assert moves.std() == pytest.approx(1, rel=0.05)

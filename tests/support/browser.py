@@ -1,4 +1,4 @@
-"""A real browser: fixtures for the tests of pages. Import `browser` and `page` where they are used."""
+"""Fixtures with a real browser. A test file imports the `browser` or the `page` that it uses."""
 
 import re
 import shutil
@@ -18,9 +18,9 @@ OPTIONS = [
 ]
 
 
-@pytest.fixture(scope="module")  # a file that imports it gets its own: two at a time would not work
+@pytest.fixture(scope="module")  # each file gets its own: two at a time do not work
 def browser() -> Iterator[Browser]:
-    """Start Debian's Chromium without a window, with a profile of its own."""
+    """Start Debian's Chromium, headless, with its own profile."""
     if (chromium := shutil.which("chromium")) is None:
         pytest.skip("chromium is not on the PATH")
     with sync_playwright() as playwright:
@@ -31,7 +31,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """Open an empty page; the test fails if anything on it reports an error, or asks another machine for anything."""
+    """Open an empty page; the test fails if the page reports an error or sends another machine a request."""
     with browser.new_context() as context:
         opened = context.new_page()
         errors: list[str] = []
@@ -43,7 +43,7 @@ def page(browser: Browser) -> Iterator[Page]:
 
 
 def is_error(message: ConsoleMessage) -> bool:
-    """Tell a page's errors from what a browser itself notes of an image that a service refused with good reason."""
+    """Say whether a message is a page's error; a browser also reports an image that a service refuses."""
     return message.type == "error" and not re.search("the server responded with a status of 4(13|22)", message.text)
 
 

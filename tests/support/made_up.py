@@ -1,4 +1,4 @@
-"""A run with given mistakes, and its report: what the stages would write of it, without a training."""
+"""A run with given mistakes, and its report, without a training."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from support import DATA, ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
 DIGITS = {part: load_digits(DATA, part) for part in ("train", "test")} | {"added": NO_DIGITS}
-MISTAKES = {30: (8, 0.6), 5: (3, 0.95), 100: (7, 0.8)}  # test image: what it is taken for, with what probability
+MISTAKES = {30: (8, 0.6), 5: (3, 0.95), 100: (7, 0.8)}  # test image: the prediction and its probability
 DIGESTS = {"data/raw/images": "1" * 64, "models/model.safetensors": "2" * 64}
 
 
@@ -46,7 +46,7 @@ class MadeUpRun:
         params: Params = PARAMS,
         disputed: Sequence[int] = (),
     ) -> "MadeUpRun":
-        """Write what the stages would of these mistakes, all else right with a probability of 0.91, and read it."""
+        """Write what the stages would write and read it; all other images are right with a probability of 0.91."""
         labels = digits["test"].labels
         probabilities = full((len(labels), 10), 0.01)
         probabilities[range(len(labels)), labels] = 0.91
@@ -85,7 +85,7 @@ class MadeUpRun:
         seeds = [
             {
                 **{"seed": seed, "epochs": epochs, "seconds": 90.0, "test_accuracy": 0.99 + seed / 1000},
-                **{measure: metrics[measure] for measure in MEASURES if measure != "test_accuracy"},
+                **{name: metrics[name] for name in MEASURES if name != "test_accuracy"},
             }
             for seed in range(3)
         ]
@@ -115,7 +115,7 @@ class MadeUpRun:
         return render_page(self.report, self.directory, self.charts)
 
     def write_figures(self, name: str) -> dict[str, bytes]:
-        """Write the figures into a directory of that name, and return its files' content by their paths in it."""
+        """Write the figures into a directory of that name; return the content of its files by their paths in it."""
         directory = self.directory / name
         shown = self.results.misclassified[: self.params.report.gallery_size]
         write_figures(directory, self.charts, self.digits["test"], shown)
@@ -123,7 +123,7 @@ class MadeUpRun:
         return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
     def write_page(self) -> Path:
-        """Write the page, and return its path."""
+        """Write the page and return its path."""
         write_text(self.directory / "report.html", self.page)
         return self.directory / "report.html"
 

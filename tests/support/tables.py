@@ -1,10 +1,10 @@
-"""The tables of a Markdown text, as rows of cells."""
+"""The tables of a Markdown text as rows of cells."""
 
 from itertools import groupby
 
 
 def tables(markdown: str) -> list[list[list[str]]]:
-    """Return each table's rows of cells."""
+    """Return the rows of each table."""
     runs = groupby(markdown.splitlines(), key=lambda line: line.startswith("|"))
     return [
         [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -14,7 +14,7 @@ def tables(markdown: str) -> list[list[list[str]]]:
 
 
 def table(markdown: str, *head: str) -> list[list[str]]:
-    """Return the rows of the table whose head begins with these cells, without it."""
+    """Return the rows, without the head, of the one table whose head begins with these cells."""
     [found] = [rows[2:] for rows in tables(markdown) if rows[0][: len(head)] == list(head)]
     return found
 

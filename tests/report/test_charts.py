@@ -1,4 +1,4 @@
-"""The report's figures: what they show, and that they are drawn the same again."""
+"""The report's charts and pictures: what they show, and that they are drawn the same each time."""
 
 import base64
 import io
@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.made_up import DIGITS, MISTAKES, MadeUpRun, params_with
+from support.made_up import DIGITS, MISTAKES, MadeUpRun
 
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.report.chart_style import Chart
-from mnist_pipeline.report.charts import draw_reliability
+from mnist_pipeline.report.charts import draw_learning_curve, draw_reliability, draw_robustness
 from mnist_pipeline.report.network_charts import draw_filters
 
 TEST = DIGITS["test"]
@@ -45,22 +45,13 @@ def test_the_figures_are_those_that_the_report_shows(run: MadeUpRun, figures: di
     assert figures.keys() == {f"{name}.png" for name in CHARTS} | {f"misclassified/{index}.png" for index in MISTAKES}
 
 
-def test_a_chart_shares_its_place_on_the_page_with_nothing_else(run: MadeUpRun) -> None:
-    places = re.findall(r'<(?:section|span)[^>]* id="([^"]+)"', run.page)
-    assert set(places) >= CHARTS | {"results", "robustness"}
-    assert len(set(places)) == len(places)
-
-
-def test_they_are_drawn_the_same_again(run: MadeUpRun, figures: dict[str, bytes], tmp_path: Path) -> None:
-    assert run.write_figures("again") == figures
-    assert MadeUpRun.create(tmp_path).write_figures("figures") == figures
-
-
-def test_of_an_earlier_run_nothing_is_left(run: MadeUpRun, figures: dict[str, bytes]) -> None:
+def test_the_same_run_gets_the_same_figures_and_keeps_none_of_an_earlier_run(
+    figures: dict[str, bytes], tmp_path: Path
+) -> None:
     for name in ("misclassified/7.png", "learning_curves.png", "old/old.png"):
-        (run.directory / "earlier" / name).parent.mkdir(parents=True, exist_ok=True)
-        (run.directory / "earlier" / name).write_text("of an earlier run")
-    assert run.write_figures("earlier") == figures
+        (tmp_path / "again" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "again" / name).write_text("of an earlier run")
+    assert MadeUpRun.create(tmp_path).write_figures("again") == figures
 
 
 def test_a_misclassified_digit_is_drawn_pixel_by_pixel_black_on_white(
@@ -83,9 +74,8 @@ def test_a_learning_curve_shows_both_parts_and_the_published_test(run: MadeUpRun
     assert [row["epoch"] for row in pointer] == list(range(1, 15))
 
 
-def test_a_learning_curve_names_a_validation_split(tmp_path: Path) -> None:
-    run = MadeUpRun.create(tmp_path, params=params_with("data", validation_size=50))
-    _, curves, _ = layers(run.charts["loss"])
+def test_a_learning_curve_names_a_validation_split(run: MadeUpRun) -> None:
+    _, curves, _ = layers(draw_learning_curve(run.results.history, "loss", "Validation", [0.1]))
     assert {row["series"] for row in curves} == {"training", "validation", "test, published"}
 
 
@@ -94,7 +84,7 @@ def test_a_learning_curve_marks_where_the_learning_rate_falls(run: MadeUpRun) ->
     assert step == {"epoch": 2.5, "step": "0.001 → 0.0005"}
 
 
-def test_the_confusion_matrix_shows_every_pair_and_colours_the_mistakes_alone(run: MadeUpRun) -> None:
+def test_the_confusion_matrix_shows_every_pair_and_colours_only_the_mistakes(run: MadeUpRun) -> None:
     [cells, _] = layers(run.charts["confusion_matrix"])
     shown = {(cell["label"], cell["prediction"]): cell for cell in cells}
     wrong = {(int(TEST.labels[index]), prediction) for index, (prediction, _) in MISTAKES.items()}
@@ -114,17 +104,23 @@ def test_reliability_has_wilsons_intervals(images: int, accuracy: float, interva
     assert (row["lowest"], row["highest"]) == pytest.approx(interval, abs=1e-4)
 
 
-def test_the_chart_of_corruptions_has_them_by_family_and_accuracy_below_the_images_as_they_are(tmp_path: Path) -> None:
-    run = MadeUpRun.create(tmp_path)
-    run.results.robustness[0]["accuracy"] = 0.5  # the rotation
-    rows, _, means, *_ = layers(run.charts["corruptions"])
+def test_the_corruptions_are_sorted_by_family_and_accuracy_after_the_uncorrupted_images(run: MadeUpRun) -> None:
+    rotation, *others = run.results.robustness
+    rows = [run.results.uncorrupted, rotation | {"accuracy": 0.5}, *others]
     names = [corruption.name for corruption in CORRUPTIONS]
-    assert [row["corruption"] for row in rows] == ["none", *names[1:6], names[0], *names[6:]]
-    assert [row["accuracy"] for row in rows[:2]] == [0.985, 0.94]
-    assert [(row["mean"], row["first"], row["last"]) for row in means] == [
-        (pytest.approx((0.94 + 0.93 + 0.92 + 0.91 + 0.9 + 0.5) / 6), names[1], names[0]),
-        (pytest.approx(0.845), names[6], names[-1]),
+    means = {"geometric": 0.85, "non-geometric": 0.845}
+    drawn, _, lines, *_ = layers(draw_robustness(rows, means, dict.fromkeys(["none", *names], TEST.pixels[:1].numpy())))
+    assert [row["corruption"] for row in drawn] == ["none", *names[1:6], names[0], *names[6:]]
+    assert [row["accuracy"] for row in drawn[:2]] == [0.985, 0.94]
+    assert lines == [
+        {"family": "geometric", "mean": 0.85, "first": names[1], "last": names[0]},
+        {"family": "non-geometric", "mean": 0.845, "first": names[6], "last": names[-1]},
     ]
+
+
+def test_the_chart_of_corruptions_has_the_mean_of_each_family(run: MadeUpRun) -> None:
+    means = layers(run.charts["corruptions"])[2]
+    assert [row["mean"] for row in means] == pytest.approx([0.925, 0.845])
 
 
 def test_the_chart_of_corruptions_shows_the_first_test_images_under_each(run: MadeUpRun) -> None:
@@ -143,7 +139,7 @@ def test_the_network_is_drawn_with_the_parameters_of_its_steps(run: MadeUpRun) -
     assert all(bottom < top for bottom, top in zip(bottoms, tops[1:], strict=False))
 
 
-def test_a_filter_is_drawn_as_its_weights_lie() -> None:
+def test_a_filter_is_drawn_weight_by_weight() -> None:
     weights = np.arange(10 * 9, dtype=np.float32).reshape(10, 3, 3)
     [cells] = layers(draw_filters(weights))
     shown = {(cell["x"], cell["y"]): cell["weight"] for cell in cells}

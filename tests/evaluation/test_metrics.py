@@ -1,4 +1,4 @@
-"""The scores: what a few rows of log-probabilities give by hand."""
+"""The metrics of a few rows of log-probabilities, computed by hand."""
 
 import math
 from pathlib import Path
@@ -19,8 +19,8 @@ from mnist_pipeline.evaluation.metrics import (
     measure_robustness,
     prediction_rows,
 )
-from mnist_pipeline.model.inference import predict, score
-from mnist_pipeline.model.network import Net, build_model
+from mnist_pipeline.model.inference import predict
+from mnist_pipeline.model.network import build_model
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3])
 PREDICTIONS = [0, 1, 2, 3, 9, 5, 6, 7, 8, 9, 3, 5]  # a 4 is taken for a 9, the last 3 for a 5
@@ -34,24 +34,6 @@ def log_probabilities() -> Tensor:
     return probabilities.log()
 
 
-@pytest.fixture
-def model(params: Params) -> Net:
-    return build_model(params.model, seed=0)
-
-
-@pytest.fixture
-def images(small_data: Path, params: Params) -> Tensor:
-    return load_digits(small_data, "test")[:12].tensors(params.data, torch.device("cpu"))[0]
-
-
-def test_a_score_is_the_mean_negative_log_likelihood_and_the_right_images() -> None:
-    probabilities = torch.full((4, 10), 0.05)
-    probabilities[0, 7], probabilities[1, 0], probabilities[2, 3], probabilities[3, 9] = 0.5, 0.25, 0.8, 0.4
-    scored = score(probabilities.log(), torch.tensor([7, 0, 3, 1]))  # three are right, of the last 0.05 is for its 1
-    assert scored.loss == pytest.approx(-math.log(0.5 * 0.25 * 0.8 * 0.05) / 4)
-    assert (scored.correct, scored.total, scored.accuracy) == (3, 4, 0.75)
-
-
 def test_images_are_counted_once_each(log_probabilities: Tensor) -> None:
     metrics = compute_metrics(log_probabilities, LABELS)
     assert (metrics["test_correct"], metrics["test_misclassified"], metrics["test_total"]) == (10, 2, 12)
@@ -59,7 +41,7 @@ def test_images_are_counted_once_each(log_probabilities: Tensor) -> None:
     assert metrics["test_loss"] == pytest.approx(-(10 * math.log(0.91) + 2 * math.log(0.01)) / 12)
 
 
-def test_every_score_is_named_as_one_of_the_test_images(log_probabilities: Tensor) -> None:
+def test_the_name_of_every_metric_begins_with_test(log_probabilities: Tensor) -> None:
     metrics = compute_metrics(log_probabilities, LABELS)
     assert [name for name in metrics if not name.startswith("test_")] == []
 
@@ -72,7 +54,7 @@ def test_accuracy_by_class_divides_by_the_images_of_the_class(log_probabilities:
 @pytest.mark.parametrize(
     ("disputed", "accuracy"), [((), 10 / 12), ((4,), 10 / 11), ((4, 11), 1), ((0, 1), 8 / 10), ((0, 4), 9 / 10)]
 )
-def test_disputed_images_are_left_out_of_the_undisputed_accuracy_alone(
+def test_only_the_undisputed_accuracy_leaves_disputed_images_out(
     log_probabilities: Tensor, disputed: tuple[int, ...], accuracy: float
 ) -> None:
     metrics = compute_metrics(log_probabilities, LABELS, disputed)
@@ -98,7 +80,7 @@ def test_the_calibration_has_a_row_for_each_bin_that_has_images() -> None:
     ]
 
 
-def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy_over_images() -> None:
+def test_the_calibration_error_is_the_mean_distance_of_confidence_and_accuracy() -> None:
     log_probabilities, labels = sure(0.98, 0.5, 0.96, 0.94, 0.12), torch.tensor([0, 0, 1, 0, 1])
     error = (1 * 0.12 + 1 * 0.5 + 3 * (0.96 - 2 / 3)) / 5
     assert calibration_error(calibration_bins(log_probabilities, labels)) == pytest.approx(error)
@@ -109,7 +91,7 @@ def test_the_calibration_error_is_among_the_metrics(log_probabilities: Tensor) -
     assert metrics["test_calibration_error"] == pytest.approx(0.91 - 10 / 12)  # all are in one bin
 
 
-def test_a_bin_reaches_from_above_its_lower_to_its_upper_end() -> None:
+def test_a_bin_includes_its_upper_end_and_excludes_its_lower_one() -> None:
     rows = calibration_bins(sure(0.59, 0.6, 0.601, 0.66), torch.zeros(4, dtype=torch.int64))
     assert [row["images"] for row in rows] == [2, 2]  # 8/15 to 9/15, and on to 10/15
 
@@ -120,8 +102,8 @@ def test_a_probability_of_one_is_in_the_last_bin(right: bool) -> None:
     assert rows == [{"images": 2, "confidence": pytest.approx(0.995), "accuracy": right}]
 
 
-def test_the_network_is_scored_under_each_corruption(small_data: Path, params: Params, model: Net) -> None:
-    device, digits = torch.device("cpu"), load_digits(small_data, "test")
+def test_the_network_is_scored_under_each_corruption(small_data: Path, params: Params) -> None:
+    model, device, digits = build_model(params.model, seed=0), torch.device("cpu"), load_digits(small_data, "test")
     rows = measure_robustness(model, digits, params.data, 64, device)
     assert [(row["corruption"], row["family"]) for row in rows] == [(each.name, each.family) for each in CORRUPTIONS]
     for row, corruption in zip(rows, CORRUPTIONS, strict=True):
@@ -132,7 +114,7 @@ def test_the_network_is_scored_under_each_corruption(small_data: Path, params: P
     assert len({row["loss"] for row in rows}) == len(rows)
 
 
-def test_the_means_are_those_over_the_corruptions_of_a_family() -> None:
+def test_the_scores_of_a_familys_corruptions_are_averaged() -> None:
     rows = [
         {"corruption": "a", "family": "geometric", "accuracy": 0.9, "loss": 0.1, "calibration_error": 0.02},
         {"corruption": "b", "family": "geometric", "accuracy": 0.6, "loss": 0.7, "calibration_error": 0.04},
@@ -162,23 +144,3 @@ def test_a_row_carries_the_probability_of_its_prediction(log_probabilities: Tens
         "prediction": 9,
         "probability": "0.910000",
     }
-
-
-@pytest.mark.parametrize("batch_size", [1, 5, 11, 1000])
-def test_predictions_do_not_depend_on_the_batch_size(model: Net, images: Tensor, batch_size: int) -> None:
-    expected = predict(model, images, batch_size=12)
-    assert torch.allclose(predict(model, images, batch_size), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_predicting_leaves_the_network_as_it_was(model: Net, images: Tensor, training: bool) -> None:
-    model.train(training)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    predict(model, images, batch_size=12)
-    assert all(module.training == training for module in model.modules())
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_predicting_is_in_evaluation_mode_whatever_the_networks_mode(model: Net, images: Tensor) -> None:
-    expected = predict(model.eval(), images, batch_size=12)
-    assert torch.equal(predict(model.train(), images, batch_size=12), expected)
