@@ -1,4 +1,4 @@
-"""Any picture of a digit comes out as MNIST would hold it: the measure is the digits of MNIST themselves."""
+"""Any picture of a digit is brought to MNIST's form; the digits of MNIST themselves are the measure."""
 
 import io
 import re
@@ -6,7 +6,6 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from support import DATA
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.data.digits import load_digits
-from mnist_pipeline.serving.preprocessing import MAX_PIXELS, normalize, open_image
+from mnist_pipeline.serving.preprocessing import MAX_PIXELS, open_image, to_mnist_image
 
 Pixels = NDArray[np.uint8]
 
@@ -40,7 +39,7 @@ def enlarged(digit: Pixels, factor: int = 8) -> Pixels:
 
 
 def mean_difference(picture: Image.Image, digit: Pixels) -> float:
-    return float(np.abs(normalize(picture).astype(int) - digit).mean())
+    return float(np.abs(to_mnist_image(picture).astype(int) - digit).mean())
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -62,9 +61,9 @@ def transparent(digit: Pixels, ink: tuple[int, ...], hidden: tuple[int, ...] = B
     return Image.fromarray(np.dstack([colours, alpha]))
 
 
-def test_a_digit_of_mnist_stays_as_it_is(digits: Pixels) -> None:
+def test_a_digit_of_mnist_keeps_its_pixels(digits: Pixels) -> None:
     for digit in digits:
-        assert np.abs(normalize(Image.fromarray(digit)).astype(int) - digit).max() <= 1  # 254 becomes 255
+        assert np.abs(to_mnist_image(Image.fromarray(digit)).astype(int) - digit).max() <= 1  # 254 becomes 255
 
 
 UNCHANGING = {
@@ -79,13 +78,13 @@ UNCHANGING = {
 
 @pytest.mark.parametrize("change", UNCHANGING.values(), ids=UNCHANGING.keys())
 def test_size_polarity_and_place_do_not_matter(digits: Pixels, change: Callable[[Pixels], Pixels]) -> None:
-    for digit in digits[:50]:
-        assert np.abs(normalize(Image.fromarray(change(digit))).astype(int) - digit).max() <= 1
+    for digit in digits[:20]:
+        assert np.abs(to_mnist_image(Image.fromarray(change(digit))).astype(int) - digit).max() <= 1
 
 
 @pytest.mark.parametrize("ink", [BLACK, WHITE, RED, YELLOW])
 @pytest.mark.parametrize("hidden", [BLACK, WHITE, GREEN])
-def test_a_transparent_background_shows_ink_of_any_colour(
+def test_ink_of_any_colour_is_found_on_a_transparent_background(
     digits: Pixels, ink: tuple[int, ...], hidden: tuple[int, ...]
 ) -> None:
     for digit in digits[:10]:
@@ -93,7 +92,7 @@ def test_a_transparent_background_shows_ink_of_any_colour(
 
 
 @pytest.mark.parametrize(("ink", "paper"), [(RED, GREEN), (YELLOW, WHITE), (WHITE, NAVY), (NAVY, BLACK), (BLACK, RED)])
-def test_ink_of_any_colour_shows_on_paper_of_another(
+def test_ink_of_any_colour_is_found_on_paper_of_another(
     digits: Pixels, ink: tuple[int, ...], paper: tuple[int, ...]
 ) -> None:
     for digit in digits[:10]:
@@ -154,14 +153,14 @@ def test_the_longer_side_becomes_20_pixels_and_the_shorter_keeps_its_ratio() -> 
     picture[50:150, 300:340] = 0  # 40 wide, 100 high
     expected = np.zeros((28, 28), np.uint8)
     expected[4:24, 10:18] = 255
-    assert np.array_equal(normalize(Image.fromarray(picture)), expected)
+    assert np.array_equal(to_mnist_image(Image.fromarray(picture)), expected)
 
 
 def test_the_centre_of_mass_is_in_the_middle() -> None:
     picture = np.zeros((100, 100), np.uint8)
     picture[10:30, 10:15] = 255  # an L of 20×20: 20 pixels by 5 above, 15 by 5 beside its foot
     picture[25:30, 15:30] = 255
-    placed = normalize(Image.fromarray(picture)).astype(float)
+    placed = to_mnist_image(Image.fromarray(picture)).astype(float)
     # Its columns have mean (100·2.5 + 75·12.5) / 175 = 6.79, its rows (100·10 + 75·17.5) / 175 = 13.21.
     assert (np.flatnonzero(placed.any(axis=0))[0], np.flatnonzero(placed.any(axis=1))[0]) == (8, 1)
 
@@ -170,19 +169,19 @@ def test_a_digit_far_from_its_centre_of_mass_stays_whole() -> None:
     picture = np.zeros((100, 100), np.uint8)
     picture[20:80, 10:20] = 255
     picture[48:52, 10:70] = 255  # a hammer: its handle would reach beyond the right edge
-    columns = np.flatnonzero(normalize(Image.fromarray(picture)).any(axis=0))
+    columns = np.flatnonzero(to_mnist_image(Image.fromarray(picture)).any(axis=0))
     assert (columns[0], columns[-1]) == (8, 27)
 
 
 def test_edges_between_pixels_become_grey() -> None:
     picture = np.zeros((200, 200), np.uint8)
     picture[20:120, 50:102] = 255  # five pixels for one: 20 high, 10.4 wide
-    columns = normalize(Image.fromarray(picture))[14]
+    columns = to_mnist_image(Image.fromarray(picture))[14]
     assert columns[columns > 0].tolist() == [255] * 10 + [102]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_is_turned_as_its_exif_orientation_says(digits: Pixels, orientation: int) -> None:
+def test_a_picture_is_turned_by_its_exif_orientation(digits: Pixels, orientation: int) -> None:
     undo = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -202,7 +201,7 @@ def test_a_picture_is_turned_as_its_exif_orientation_says(digits: Pixels, orient
 
 
 def lit(light: NDArray[np.float64], digit: Pixels) -> Image.Image:
-    """Light a picture of a digit whose ink takes 60% of the light."""
+    """Light a picture of a digit; its ink takes 60% of the light."""
     ink = np.asarray(Image.fromarray(digit).resize((light.shape[1], light.shape[0]), Image.Resampling.BICUBIC)) / 255
     return Image.fromarray((light * (1 - 0.6 * ink)).clip(0, 255).astype(np.uint8))
 
@@ -210,18 +209,18 @@ def lit(light: NDArray[np.float64], digit: Pixels) -> Image.Image:
 # A shift by one pixel makes a mean difference of 16, another digit one of 40.
 
 
-def test_uneven_light_is_taken_away(digits: Pixels) -> None:
+def test_uneven_light_makes_no_difference(digits: Pixels) -> None:
     y, x = np.mgrid[-1:1:280j, -1:1:280j]
     light = 140 + 60 * x - 30 * y - 25 * (x * x + y * y)  # ink in the light is brighter than paper in the shade
-    even = [normalize(lit(np.full_like(light, 200), digit)).astype(int) for digit in digits[:50]]
-    found = [normalize(lit(light, digit)) for digit in digits[:50]]
+    even = [to_mnist_image(lit(np.full_like(light, 200), digit)).astype(int) for digit in digits[:50]]
+    found = [to_mnist_image(lit(light, digit)) for digit in digits[:50]]
     assert np.abs(np.subtract(found, even)).mean() < 5
 
 
 def test_noise_and_dust_do_not_move_a_digit(digits: Pixels) -> None:
     random = np.random.default_rng(0)
     differences = []
-    for digit in digits[:50]:
+    for digit in digits[:20]:
         noisy = 255 - np.pad(enlarged(digit, 10), 100) + random.normal(0, 12, (480, 480))
         for top, left in random.integers(0, 478, (5, 2)):
             noisy[top : top + 2, left : left + 2] = 60
@@ -249,27 +248,25 @@ BLANK = {
 @pytest.mark.parametrize("picture", BLANK.values(), ids=BLANK.keys())
 def test_a_blank_picture_is_refused(picture: Image.Image) -> None:
     with pytest.raises(UserError, match=r"^the picture holds no digit: nothing in it stands out from its background$"):
-        normalize(picture)
+        to_mnist_image(picture)
 
 
-def test_the_picture_given_is_left_as_it_was(digits: Pixels) -> None:
+def test_the_original_picture_is_not_changed(digits: Pixels) -> None:
     picture = Image.fromarray(enlarged(digits[0], 30))
     before = picture.tobytes()
-    normalize(picture)
+    to_mnist_image(picture)
     assert (picture.size, picture.tobytes()) == ((840, 840), before)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"])
-def test_a_picture_is_the_same_from_a_path_a_file_and_bytes(digits: Pixels, tmp_path: Path, kind: str) -> None:
+def test_a_picture_is_read_in_every_format_from_a_file_and_from_bytes(digits: Pixels, kind: str) -> None:
     content = encoded(Image.fromarray(enlarged(digits[0])), kind)
-    path = tmp_path / "digit"
-    path.write_bytes(content)
-    opened = [open_image(path), open_image(content), open_image(io.BytesIO(content))]
-    assert len({picture.tobytes() for picture in opened}) == 1
-    assert mean_difference(opened[0], digits[0]) < 5
+    picture = open_image(content)
+    assert open_image(io.BytesIO(content)).tobytes() == picture.tobytes()
+    assert mean_difference(picture, digits[0]) < 5
 
 
-def test_the_first_frame_counts(digits: Pixels) -> None:
+def test_only_the_first_frame_is_read(digits: Pixels) -> None:
     frames = [Image.fromarray(enlarged(digit)) for digit in digits[:3]]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert mean_difference(open_image(content), digits[0]) < 2
@@ -283,7 +280,7 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(digits: Pixels) -> No
 
 
 def png_header(width: int, height: int) -> bytes:
-    """Return the start of a PNG that announces this size and holds nothing."""
+    """Return the start of a PNG that announces this size and has no pixels."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     checked = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
     return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 1000) + b"IDAT"
@@ -295,7 +292,7 @@ REFUSED = {
     "text": (b"seven\n", "no picture in a known format"),
     "web page": (b"<!DOCTYPE html><html></html>", "no picture in a known format"),
     "vector graphics": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "no picture in a known format"),
-    "PostScript": (EPS, "PostScript, which is not run: convert it to PNG"),
+    "PostScript": (EPS, "PostScript, a program that is not run: convert it to PNG"),
     "too many pixels": (png_header(10_000, 5_001), "10,000×5,001 pixels: 1 to 50,000,000 are read"),
     "twice too many": (png_header(10_000, 10_000), "too large: up to 50,000,000 pixels are read"),
     "decompression bomb": (png_header(100_000, 100_000), "too large: up to 50,000,000 pixels are read"),
@@ -304,7 +301,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("content", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_no_picture_is_refused_in_one_line(content: bytes, reason: str) -> None:
+def test_content_that_is_not_a_picture_is_refused_in_one_line(content: bytes, reason: str) -> None:
     with pytest.raises(UserError, match=re.escape(reason)) as refused:
         open_image(content)
     assert len(str(refused.value).splitlines()) == 1
@@ -321,18 +318,6 @@ def test_half_a_picture_is_refused(digits: Pixels, kind: str) -> None:
         open_image(content[: len(content) // 2])
 
 
-def test_a_path_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("seven", encoding="utf-8")
-    for path, reason in (
-        (tmp_path / "absent.png", "No such file or directory"),
-        (tmp_path, "Is a directory"),
-        (tmp_path / "notes.txt", "this is no picture in a known format, such as PNG or JPEG"),
-    ):
-        with pytest.raises(UserError) as refused:
-            open_image(path)
-        assert str(refused.value) == f"{path}: {reason}"
-
-
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (500, 1), (2, 3), (3, 2000), (99, 101), (501, 499), (28, 28)])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_noise_of_any_shape_is_a_digit_or_refused(shape: tuple[int, int], channels: int) -> None:
@@ -343,7 +328,7 @@ def test_noise_of_any_shape_is_a_digit_or_refused(shape: tuple[int, int], channe
             values = random.integers(0, 256, (*shape, channels), dtype=np.uint8)
             values *= random.random((*shape, 1)) < density
             try:
-                pixels = normalize(Image.fromarray(values.squeeze(2) if channels == 1 else values))
+                pixels = to_mnist_image(Image.fromarray(values.squeeze(2) if channels == 1 else values))
             except UserError:
                 continue
             assert (pixels.shape, pixels.dtype, pixels.max()) == ((28, 28), np.uint8, 255)
