@@ -10,9 +10,32 @@ import mlflow
 import pytest
 from mlflow.entities import Run
 
+from mnist_pipeline.common.files import sha256_of_directory
+from mnist_pipeline.common.params import load_params
+from mnist_pipeline.common.paths import FIGURES, HISTORY, METRICS, MODEL
 from mnist_pipeline.common.scores import EpochResult, Score
+from mnist_pipeline.tracking.provenance import Provenance
+from support import DATA, ROOT
 from support.repository import Repository, empty_database
 
+PARAMS = load_params(ROOT / "params.yaml")
+_RAW = {"data/raw": sha256_of_directory(DATA)}
+TRAIN = Provenance(
+    "train",
+    "python stages/train.py",
+    {"seed": 0, "threads": 1, "train.learning_rate": 0.001, "train.optimizer": "adam"},
+    _RAW | {"stages/train.py": "1" * 64},
+    [str(MODEL), str(HISTORY)],
+    [],
+)
+EVALUATE = Provenance(
+    "evaluate",
+    "python stages/evaluate.py",
+    {"seed": 0, "threads": 2, "evaluate.batch_size": 1000},
+    _RAW | {str(MODEL): "2" * 64},
+    [str(METRICS), str(FIGURES)],
+    [str(METRICS)],
+)
 EPOCHS = [
     EpochResult(1, 0.001, Score(0.5, 250, 300), Score(0.25, 190, 200), 0.0005),
     EpochResult(2, 0.0005, Score(0.25, 280, 300), Score(0.125, 195, 200), 0.0005),
@@ -55,3 +78,9 @@ def artifacts(run: Run) -> Path:
 
 def files_in(directory: Path) -> set[str]:
     return {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Repository]:
+    with isolated_tracking(tmp_path):
+        yield Repository(tmp_path)

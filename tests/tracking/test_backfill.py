@@ -34,7 +34,7 @@ from mnist_pipeline.common.paths import (
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.model_file import save_model
 from mnist_pipeline.model.network import build_model
-from mnist_pipeline.tracking.backfill import backfill, main, missing
+from mnist_pipeline.tracking.backfill import add_stages, backfill_run, missing_stages
 from mnist_pipeline.tracking.provenance import trace
 from mnist_pipeline.tracking.store import Store
 
@@ -73,7 +73,7 @@ def working_in(pipeline: Path, root: Path, status: int) -> Iterator[pytest.Monke
 
 
 def names_of_missing() -> list[str]:
-    return [provenance.stage for provenance in missing(Store(), "evaluate", "report")]
+    return [provenance.stage for provenance in missing_stages(Store(), "evaluate", "report")]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def story(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         story.missing.append(names_of_missing())
         for _ in range(2):
             with contextlib.redirect_stdout(io.StringIO()) as said:
-                main()
+                backfill_run()
             story.said.append(said.getvalue())
             story.missing.append(names_of_missing())
             story.runs.append(story.store.runs())
@@ -178,7 +178,7 @@ def test_a_run_that_holds_a_part_of_the_training_is_completed(
         part = Store().begin_run(trace("train"), tags)
         part.log_epoch(EPOCHS[0].row(), epoch_seconds=9)
     assert names_of_missing() == STAGES
-    main()
+    backfill_run()
     assert names_of_missing() == []
     newest, *others = store.runs()
     assert len([newest, *others]) == count
@@ -190,28 +190,28 @@ def test_a_run_that_holds_a_part_of_the_training_is_completed(
 
 
 def test_a_stage_alone_is_added_to_the_run_that_is_there(store: Repository) -> None:
-    backfill(Store(), missing(Store(), "evaluate"))
+    add_stages(Store(), missing_stages(Store(), "evaluate"))
     assert names_of_missing() == ["report"]
-    main()
+    backfill_run()
     assert names_of_missing() == []
     [run] = store.runs()
     assert points(store, run)["test_accuracy"] == 1
 
 
 def test_a_run_that_the_store_failed_to_close_is_closed(store: Repository) -> None:
-    main()
+    backfill_run()
     [run] = store.runs()
     store.client.update_run(run.info.run_id, "RUNNING")
-    main()
+    backfill_run()
     [run] = store.runs()
     assert run.info.status == "FINISHED"
 
 
 def test_an_experiment_gets_a_run_of_its_own(store: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    main()
+    backfill_run()
     monkeypatch.setenv("DVC_EXP_NAME", "trial")
     assert names_of_missing() == STAGES
-    main()
+    backfill_run()
     assert names_of_missing() == []
     trial, first = store.runs()
     assert trial.info.run_name == trial.data.tags["dvc_experiment"] == "trial"
@@ -222,14 +222,14 @@ def test_an_experiment_gets_a_run_of_its_own(store: Repository, monkeypatch: pyt
 def test_a_database_of_our_own_is_left_newer_than_before(store: Repository) -> None:
     for _ in range(2):
         os.utime(store.root / "mlflow.db", (0, 0))
-        main()
+        backfill_run()
         assert (store.root / "mlflow.db").stat().st_mtime > 0
 
 
 def test_outputs_of_other_params_or_code_are_not_added(pipeline: Path, tmp_path: Path) -> None:
     with working_in(pipeline, tmp_path, status=1):
         with pytest.raises(UserError, match=r"dvc status.*dvc repro"):
-            main()
+            backfill_run()
         assert Repository(tmp_path).runs() == []
 
 
@@ -240,11 +240,11 @@ def test_an_output_that_is_absent_is_no_fault_of_the_store(
     monkeypatch.chdir(store.root / "part")
     METRICS.unlink()
     with pytest.raises(UserError, match=r"reports/metrics\.json is absent: `dvc repro`"):
-        main()
+        backfill_run()
 
 
 def test_without_a_model_there_is_nothing_to_add(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"models/model\.safetensors .*dvc repro"):
-        main()
+        backfill_run()
     assert list(tmp_path.iterdir()) == []

@@ -13,7 +13,7 @@ from support.stores import isolated_tracking
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
-from mnist_pipeline.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version
+from mnist_pipeline.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, Registry
 from mnist_pipeline.tracking.run import MODEL_TAG, TrackedRun
 from mnist_pipeline.tracking.store import Store
 
@@ -41,7 +41,7 @@ def trained(registry: Registry, model: Path, *models: LoggedModelStatus, accurac
     return run
 
 
-def version(registry: Registry, name: str) -> Version:
+def version(registry: Registry, name: str) -> ModelVersion:
     """Register a model of which there is nothing but its file's digest."""
     Path(name).write_text(name)
     trained(registry, Path(name), READY)
@@ -144,7 +144,7 @@ def test_a_rollback_undoes_a_promotion_once(registry: Registry) -> None:
 def test_a_rollback_after_a_move_that_died_only_tidies_up(registry: Registry) -> None:
     first = version(registry, "first")
     registry.promote(first, None, MOVE)
-    registry.set_alias(PREVIOUS, first)
+    registry.client.set_registered_model_alias("mnist", PREVIOUS, "1")
     before = records(registry, 1)
     registry.roll_back(first, first, MOVE)
     assert aliases(registry) == {CHAMPION: 1}
