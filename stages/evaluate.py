@@ -1,4 +1,4 @@
-"""Test the trained network, on corrupted images too, and write its metrics and its prediction for each test image."""
+"""Test the trained network on the test images, plain and corrupted; write its metrics and predictions."""
 
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import write_csv, write_json

@@ -1,4 +1,4 @@
-"""Write the report, as Markdown and as a page, and draw its figures."""
+"""Write the report as Markdown and as a web page, and draw its figures."""
 
 from mnist_pipeline.common import paths
 from mnist_pipeline.common.errors import run

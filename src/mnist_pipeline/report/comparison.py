@@ -9,6 +9,7 @@ from mnist_pipeline.common.params import Params
 from mnist_pipeline.report import published
 from mnist_pipeline.report.architecture import Layer
 from mnist_pipeline.report.results import ResultRow, Results
+from mnist_pipeline.report.studies import percent_range
 
 
 class Comparison(NamedTuple):
@@ -59,19 +60,16 @@ def compare_progress(history: Sequence[ResultRow]) -> list[Comparison]:
     for rate, group in groupby(history, key=lambda row: row["learning_rate"]):
         rows = list(group)
         first, last = int(rows[0]["epoch"]), int(rows[-1]["epoch"])
+        accuracies = published.TEST_ACCURACY[first - 1 : last]
         comparisons.append(
             Comparison(
                 f"Accuracy in epochs {first} to {last}, learning rate {rate:g}",
-                _extent([row["monitor_accuracy"] for row in rows]),
-                _extent(published.TEST_ACCURACY[first - 1 : last]),
+                percent_range([row["monitor_accuracy"] for row in rows]),
+                percent_range(accuracies) if accuracies else "",
             )
         )
     losses = [row["monitor_loss"] for row in history]
     return [*comparisons, Comparison("Loss reduction", _reduction(losses), _reduction(published.TEST_LOSS))]
-
-
-def _extent(accuracies: Sequence[float]) -> str:
-    return f"{min(accuracies):.2%} to {max(accuracies):.2%}" if accuracies else ""
 
 
 def _reduction(losses: Sequence[float]) -> str:

@@ -47,16 +47,16 @@ class Study:
         """Return a measure's standard deviation over the seeds; for a single seed it is 0."""
         return statistics.stdev(self.values(measure)) if len(self.rows) > 1 else 0.0
 
-    def extent(self, measure: str) -> str:
-        """Return the lowest and the highest value of an accuracy, as text."""
-        values = self.values(measure)
-        return f"{min(values):.2%} to {max(values):.2%}"
-
     def summary(self, measure: str) -> str:
         """Describe in a phrase how an accuracy spreads over the seeds."""
         mean, deviation = self.mean(measure), 100 * self.deviation(measure)
-        spread = f"standard deviation {deviation:.3f} points, {self.extent(measure)}"
+        spread = f"standard deviation {deviation:.3f} points, {percent_range(self.values(measure))}"
         return f"{len(self.rows)} seeds, {measure} {mean:.3%}, {spread}"
+
+
+def percent_range(shares: Sequence[float]) -> str:
+    """Return the lowest and the highest of some shares as text."""
+    return f"{min(shares):.2%} to {max(shares):.2%}"
 
 
 def read_study_rows(table: Path) -> list[dict[str, str]]:
@@ -106,7 +106,7 @@ def recipe_table(studies: Sequence[Study]) -> list[dict[str, str]]:
             "Epochs": f"{study.mean('epochs'):.0f}",
             "Seeds": f"{len(study.rows)}",
             "Test accuracy": f"**{study.mean('test_accuracy'):.3%}** ± {100 * study.deviation('test_accuracy'):.3f}",
-            "Lowest to highest": study.extent("test_accuracy"),
+            "Lowest to highest": percent_range(study.values("test_accuracy")),
             "Undisputed images": f"{study.mean('test_undisputed_accuracy'):.3%}",
             "Calibration error": f"{study.mean('test_calibration_error'):.2%}",
             "Minutes a training": f"{study.mean('seconds') / 60:.1f}",

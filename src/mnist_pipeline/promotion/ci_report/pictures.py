@@ -1,17 +1,20 @@
 """The pictures beside the comment: both runs' charts side by side, and the digits whose prediction changed."""
 
+import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from mnist_pipeline.common.paths import FIGURES, RAW
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.promotion.ci_report.differences import Retraining
-from mnist_pipeline.report.pictures import enlarge, write_sheet
+from mnist_pipeline.report.pictures import enlarge, write_png
 
 _CHARTS = ("accuracy", "loss", "confusion_matrix", "reliability")
 _MOST_DIGITS = 100  # in one picture
+_CAPTION = 14  # pixels, height of its letters
 
 
 def write_pictures(directory: Path, run: Retraining) -> None:
@@ -22,11 +25,25 @@ def write_pictures(directory: Path, run: Retraining) -> None:
         files = {title: state.directory / FIGURES / f"{name}.png" for title, state in states.items() if state}
         charts = [(title, Image.open(file)) for title, file in files.items() if file.is_file()]
         if charts:
-            write_sheet(directory / f"{name}.png", charts, columns=2)
+            _write_sheet(directory / f"{name}.png", charts, columns=2)
     for kind, pairs in (run.mistakes() or {}).items():
         if pairs:
             test = load_digits(RAW, "test")
             wrong = [old if kind == "mended" else new for old, new in pairs[:_MOST_DIGITS]]
             captions = [f"{row['index']:.0f}: {row['label']:.0f} as {row['prediction']:.0f}" for row in wrong]
             digits = [enlarge(test.pixels[int(row["index"])].numpy()) for row in wrong]
-            write_sheet(directory / f"{kind}.png", list(zip(captions, digits, strict=True)), columns=10)
+            _write_sheet(directory / f"{kind}.png", list(zip(captions, digits, strict=True)), columns=10)
+
+
+def _write_sheet(path: Path, pictures: Sequence[tuple[str, Image.Image]], columns: int) -> None:
+    """Write pictures with their captions into one picture on white, row by row."""
+    width = max(image.width for _, image in pictures) + _CAPTION
+    height = max(image.height for _, image in pictures) + 2 * _CAPTION
+    rows = math.ceil(len(pictures) / columns)
+    sheet = Image.new("RGB", (width * min(columns, len(pictures)), height * rows), "white")
+    pen = ImageDraw.Draw(sheet)
+    for place, (caption, image) in enumerate(pictures):
+        left, top = place % columns * width + _CAPTION // 2, place // columns * height
+        pen.text((left, top), caption, "black", ImageFont.load_default(_CAPTION))
+        sheet.paste(image.convert("RGB"), (left, top + 3 * _CAPTION // 2))
+    write_png(path, sheet.quantize(64))
