@@ -76,9 +76,9 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
             file=sys.stderr,
             flush=True,
         )
-    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # of a process that died, `join` tells
+    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # `join_group` says when a process died
         logging.getLogger(noisy).addHandler(logging.NullHandler())
-        logging.getLogger(noisy).propagate = False  # the levels of the loggers below are set one by one
+        logging.getLogger(noisy).propagate = False  # torch sets the levels of the loggers below one by one
     os.environ |= {_DRIVES: "1", _OWN_STORE: "1"}
     with tempfile.TemporaryDirectory() as temporary:
         mistake = Path(temporary) / "mistake"
@@ -86,7 +86,7 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
             min_nodes=nodes,
             max_nodes=nodes,
             nproc_per_node=processes // nodes,
-            run_id="none",  # torchrun's, unless it is given another
+            run_id="none",  # torchrun's default
             rdzv_backend="c10d",
             rdzv_endpoint=endpoint,
             rdzv_configs={"is_host": True},
@@ -99,10 +99,10 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
         try:
             elastic_launch(config, _run_worker)(stage, params, identify, mistake)
         except SignalException:
-            if not mistake.exists():  # else the process that made it has sent the signal
+            if not mistake.exists():  # else the process with the mistake sent the signal
                 raise KeyboardInterrupt from None
         except RendezvousError as error:
-            if not mistake.exists():  # else that is why
+            if not mistake.exists():  # else the mistake is the reason
                 why = f"{type(error).__name__}: {error}".strip(": ")
                 raise UserError(f"the machines did not meet at {endpoint}, or one has left ({why})") from None
         except ChildFailedError as error:
@@ -118,10 +118,10 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
 
 
 def _count_machines(processes: int) -> int:
-    """Return over how many machines the processes are spread.
+    """Return the number of machines that PET_NNODES spreads the processes over.
 
     Raises:
-        UserError: `_NODES` gives them no equal shares.
+        UserError: the machines would not get equal shares.
     """
     given = os.environ.get(_NODES, "1")
     if not given.isdecimal() or not (nodes := int(given)) or processes % nodes:
@@ -132,10 +132,10 @@ def _count_machines(processes: int) -> int:
 
 
 def _meeting_point(nodes: int) -> str:
-    """Return where machines meet, as host:port: on this one, at any free port if there is no other.
+    """Return where the machines meet, as host:port: PET_RDZV_ENDPOINT, or any free port here if there is only one.
 
     Raises:
-        UserError: there are others, and nothing can listen at `_ENDPOINT`.
+        UserError: there are several machines, and nothing can listen at PET_RDZV_ENDPOINT.
     """
     if nodes == 1:
         return "localhost:0"
@@ -187,7 +187,7 @@ def _follow(group: Group, params: Params) -> None:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Interrupt this process, not its clean-up: the signal comes from the terminal and once more from the launcher."""
+    """Interrupt this process once: the terminal sends the signal and so does the launcher, amid the clean-up."""
     for interruption in _INTERRUPTIONS:
         signal.signal(interruption, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def join_group(threads: int) -> Iterator[Group]:
             yield group
     finally:
         for interruption in _INTERRUPTIONS:
-            signal.signal(interruption, signal.SIG_DFL)  # there is nothing left to end in good order
+            signal.signal(interruption, signal.SIG_DFL)  # nothing is left to clean up
         dist.destroy_process_group()
 
 
@@ -223,8 +223,8 @@ def check_agreement(group: Group, params: Params, identify: Identify) -> None:
     """Check that all processes train the same.
 
     Raises:
-        UserError: one process has another commit, lock file, code, params or data, or lacks some; or torchrun started
-            another number of processes than the params say. All processes raise it.
+        UserError: a process has another commit, lock file, code, params or data, or lacks one of them; or torchrun
+            started another number of processes than the params say. Every process raises it.
     """
     own: Mapping[str, object]
     try:
