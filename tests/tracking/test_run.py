@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +20,7 @@ from mlflow.entities import Run
 from support import DATA, ROOT
 from support.repository import Repository
 from support.stores import EPOCHS, EVALUATE, PARAMS, TESTED, TRAIN, artifacts, files_in, isolated_tracking, store  # noqa: F401 (a fixture)
+from support.working_tree import git
 
 from mnist_pipeline.common.files import sha256, write_csv, write_json, write_text
 from mnist_pipeline.common.params import flatten
@@ -35,12 +35,6 @@ from mnist_pipeline.tracking.store import Store
 from mnist_pipeline.tracking.training_run import training_run
 
 NONE = DATA / "absent"  # no additions
-
-
-def git(directory: Path, *arguments: str) -> str:
-    identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
-    command = ["git", *identity, *arguments]
-    return subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @dataclass(frozen=True)
@@ -67,9 +61,9 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     store, copy = Repository(tmp_path_factory.mktemp("root")), tmp_path_factory.mktemp("copy")
     (copy / "code.py").write_text("committed\n")
     shutil.copy(ROOT / "params.yaml", copy)
-    git(copy, "init", "--quiet")
-    git(copy, "add", "--all")
-    git(copy, "commit", "--quiet", "--message", "Begin")
+    git("init", "--quiet", directory=copy)
+    git("add", "--all", directory=copy)
+    git("commit", "--quiet", "--message", "Begin", directory=copy)
     parts = load_training_data(DATA, NONE, PARAMS.data.model_copy(update={"validation_size": 50}), seed=0)
     model = build_model(PARAMS.model, seed=0)
     with isolated_tracking(store.root) as patch:
@@ -161,7 +155,7 @@ def test_tags_say_where_a_run_comes_from(scenario: Scenario, tag: str, value: st
 
 def test_tags_name_the_commit_the_workspace_the_model_and_the_processor(scenario: Scenario) -> None:
     tags = scenario.run.data.tags
-    assert tags["git_commit"] == tags["evaluate.git_commit"] == git(scenario.copy, "rev-parse", "HEAD")
+    assert tags["git_commit"] == tags["evaluate.git_commit"] == git("rev-parse", "HEAD", directory=scenario.copy)
     assert tags["workspace"] == f"{platform.node()}:{scenario.store.root}"
     assert tags["model_sha256"] == sha256(scenario.copy / MODEL)
     assert tags["processor"]
@@ -237,7 +231,7 @@ def test_the_logged_model_contains_no_pickle(scenario: Scenario) -> None:
 
 
 def test_a_run_is_named_for_its_commit(scenario: Scenario) -> None:
-    assert scenario.run.info.run_name == git(scenario.copy, "rev-parse", "HEAD")[:7]
+    assert scenario.run.info.run_name == git("rev-parse", "HEAD", directory=scenario.copy)[:7]
 
 
 def test_a_runs_description_is_its_test_result(scenario: Scenario) -> None:
