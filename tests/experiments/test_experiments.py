@@ -1,9 +1,10 @@
-"""DVC's experiments, queued, temporary and in the workspace: each is one run of its name, with DVC's own numbers."""
+"""DVC's experiments, queued, temporary and in the workspace: each is one MLflow run with the numbers that DVC shows."""
 
 import json
 import re
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,18 +16,21 @@ from mnist_pipeline.common.params import flatten
 
 pytestmark = pytest.mark.pipeline
 
-QUEUED = {"slow": 0.001, "middling": 0.002, "fast": 0.004}  # names, and learning rates
-SHARED = "slow"  # the one that two processes train
-EXECUTED = [*QUEUED, "temporary"]
-ALL = [*EXECUTED, "restored"]
+RECIPE = "model:\n  channels: [4, 5, 4, 4, 4, 4]\n  bias: false\ntrain:\n  learning_rate: 0.002\n  optimizer: muon\n"
 
 
 @dataclass(frozen=True)
 class Story:
-    """What each experiment said, how DVC shows it, and the runs."""
+    """The params of each experiment that ran, what it printed, how DVC shows it, and the new MLflow runs.
 
+    The last experiment is `restored`: it has the training params of the one before it that `copied` names.
+    """
+
+    repository: Repository
+    settings: dict[str, dict[str, object]]
+    copied: str
     queue: list[str] = field(default_factory=list)
-    said: dict[str, str] = field(default_factory=dict)
+    printed: dict[str, str] = field(default_factory=dict)
     shown: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
 
@@ -34,114 +38,139 @@ class Story:
         [run] = [run for run in self.runs if run.info.run_name == name]
         return run
 
+    def experiment(self, name: str, *options: str) -> None:
+        settings = [f"--set-param={key}={json.dumps(value)}" for key, value in self.settings[name].items()]
+        self.call("dvc", "exp", "run", "--name", name, *options, *settings)
 
-def wait_for(repository: Repository, unwanted: str, seconds: float = 300) -> list[str]:
-    """Wait until `dvc queue status` does not show what matches a pattern, and return all that it showed."""
-    shown: list[str] = []
-    end = time.monotonic() + seconds
-    while not shown or re.search(unwanted, shown[-1]):
-        assert time.monotonic() < end, shown[-1:]
-        time.sleep(2)  # to ask takes as much of the processor as to train
-        shown.append(repository.dvc("queue", "status").stdout)
-    return shown
+    def call(self, *command: str) -> None:
+        """Run an experiment, or queue it; its name is the last word of the command if no option names it."""
+        process = self.repository.run(*command)
+        assert process.returncode == 0, process.stdout
+        name = command[command.index("--name") + 1] if "--name" in command else command[2]
+        self.printed[name] = process.stdout
+
+    def run_queue(self, names: Sequence[str], jobs: int) -> None:
+        """Run what is queued, to its end."""
+        start = ["dvc", "queue", "start", "--jobs", str(jobs)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}  # the workers would keep a pipe open
+        subprocess.run(start, cwd=self.repository.root, env=self.repository.environment, check=True, **quiet)
+        self.wait_for_queue("Queued|Running")
+        self.printed.update({name: self.repository.dvc("queue", "logs", name).stdout for name in names})
+
+    def wait_for_queue(self, unwanted: str) -> None:
+        """Wait until `dvc queue status` shows nothing that matches a pattern."""
+        end = time.monotonic() + 300
+        while not self.queue or re.search(unwanted, self.queue[-1]):
+            assert time.monotonic() < end, self.queue[-1:]
+            time.sleep(4)  # asking takes as much of the processor as training
+            self.queue.append(self.repository.dvc("queue", "status").stdout)
+
+    def end(self, runs_before: Sequence[Run] = ()) -> "Story":
+        """Stop the queue's workers and collect what DVC and MLflow show."""
+        before = {run.info.run_id for run in runs_before}
+        for commit in json.loads(self.repository.dvc("exp", "show", "--json").stdout):
+            for shown in commit["experiments"] or []:
+                self.shown[shown["name"]] = shown["revs"][0]["data"]
+        self.runs.extend(run for run in self.repository.runs() if run.info.run_id not in before)
+        return self
 
 
-@pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
-    """Run experiments in a repository with the data and without a database."""
-    repository = Repository.create(tmp_path_factory.mktemp("experiments"), fresh=True).init()
+def short_story(repository: Repository) -> Story:
+    """Queue a recipe in a trained repository by `mnist experiment`, then run the same training in the workspace."""
+    (repository.root / "experiments/quick.yaml").write_text(RECIPE)
+    changed = {"model.channels": [4, 5, 4, 4, 4, 4], "model.bias": False, "train.learning_rate": 0.002}
+    changed |= {"train.optimizer": "muon"}
+    settings = {"quick": changed, "restored": changed | {"report.gallery_size": 5}}
+    story, runs = Story(repository, settings, "quick"), repository.runs()
+    try:
+        story.call("mnist", "experiment", "quick", "--queue")
+        story.run_queue(["quick"], jobs=1)
+        story.experiment("restored")
+    finally:
+        repository.dvc("queue", "stop", "--kill")
+    return story.end(runs)
+
+
+def long_story(repository: Repository) -> Story:
+    """Queue three experiments, two at a time and one of them in two processes, without a database; then two more."""
+    repository.init()
     repository.dvc("repro", "download").check_returncode()
     repository.commit()
     assert not (repository.root / "mlflow.db").exists()
-    story = Story()
-
-    def experiment(*options: str, **params: object) -> str:
-        settings = [option for name, value in params.items() for option in ("-S", f"{name}={value}")]
-        process = repository.dvc("exp", "run", *options, *settings)
-        assert process.returncode == 0, process.stdout
-        return process.stdout
-
-    for name, learning_rate in QUEUED.items():
-        processes = 2 if name == SHARED else 1
-        experiment("--queue", "--name", name, **{"train.learning_rate": learning_rate, "train.processes": processes})
+    queued: dict[str, dict[str, object]] = {
+        "slow": {"train.learning_rate": 0.001, "train.processes": 2},
+        "middling": {"train.learning_rate": 0.002},
+        "fast": {"train.learning_rate": 0.004},
+    }
+    restored = {"train.learning_rate": 0.002, "report.gallery_size": 5}
+    settings = {**queued, "temporary": {"train.learning_rate": 0.008}, "restored": restored}
+    story = Story(repository, settings, "middling")
+    for name in queued:
+        story.experiment(name, "--queue")
     try:
-        start = ["dvc", "queue", "start", "--jobs", "2"]  # the workers inherit its pipes: with one, it would never end
-        quiet = subprocess.DEVNULL
-        subprocess.run(start, cwd=repository.root, env=repository.environment, stdout=quiet, stderr=quiet, check=True)
-        story.queue.extend(wait_for(repository, "Queued|Running"))
-        story.said.update({name: repository.dvc("queue", "logs", name).stdout for name in QUEUED})
-        temporary = {"train.learning_rate": 0.008}
-        story.said["temporary"] = experiment("--temp", "--name", "temporary", **temporary)
-        trained = {"train.learning_rate": QUEUED["middling"], "report.gallery_size": 5}
-        story.said["restored"] = experiment("--name", "restored", **trained)
-        wait_for(repository, r"[1-9]\d* (active|idle)")
+        story.run_queue(list(queued), jobs=2)
+        assert max(status.count("Running") for status in story.queue) == 2
+        story.experiment("temporary", "--temp")
+        story.experiment("restored")
+        story.wait_for_queue(r"[1-9]\d* (active|idle)")
     finally:
         repository.dvc("queue", "stop", "--kill")
-    for commit in json.loads(repository.dvc("exp", "show", "--json").stdout):
-        for shown in commit["experiments"] or []:
-            story.shown[shown["name"]] = shown["revs"][0]["data"]
-    story.runs.extend(repository.runs())
-    return story
+    return story.end()
 
 
-def shown_by_dvc(story: Story, name: str, kind: str) -> dict[str, Any]:
+@pytest.fixture(scope="module", params=["short", pytest.param("long", marks=pytest.mark.thorough)])
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trained: Repository) -> Story:
+    root = tmp_path_factory.mktemp("experiments")
+    if request.param == "short":
+        return short_story(trained.copy(root))
+    return long_story(Repository.create(root, fresh=True))
+
+
+def test_queued_experiments_succeed(story: Story) -> None:
+    queued = [name for name in story.settings if name not in ("temporary", "restored")]
+    assert all(re.search(rf"\b{name} .*\bSuccess\b", story.queue[-1]) for name in queued)
+
+
+def test_tracking_fails_in_no_experiment(story: Story) -> None:
+    for printed in story.printed.values():
+        assert "Updating lock file" in printed
+        assert not re.search("warning: |error: |Traceback", printed)
+
+
+def test_each_experiment_is_one_finished_run(story: Story) -> None:
+    assert sorted(run.info.run_name for run in story.runs) == sorted(story.settings)
+    for run in story.runs:
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["dvc_experiment"] == run.info.run_name
+
+
+def test_a_run_says_whether_its_training_was_executed_or_restored(story: Story) -> None:
+    for name in story.settings:
+        tags = story.run(name).data.tags
+        assert ("Running stage 'train'" in story.printed[name]) == (name != "restored")
+        assert tags["backfilled"] == tags["evaluate.backfilled"] == str(name == "restored").lower()
+
+
+def test_a_run_has_the_params_that_were_set_and_that_dvc_shows(story: Story) -> None:
+    for name, settings in story.settings.items():
+        params = story.run(name).data.params
+        assert {key: params[key] for key in settings} == {key: str(value) for key, value in settings.items()}
+        assert params == {key: str(value) for key, value in shown_by_dvc(story, name, "params").items()}
+
+
+def test_dvc_and_mlflow_agree_on_the_metrics(story: Story) -> None:
+    for name in story.settings:
+        shown, logged = shown_by_dvc(story, name, "metrics"), story.run(name).data.metrics
+        assert "test_accuracy" in shown
+        assert {metric: logged.get(metric) for metric in shown} == pytest.approx(shown)
+
+
+def shown_by_dvc(story: Story, name: str, kind: str) -> Mapping[str, Any]:
     """Return the params or metrics of an experiment, flat, from the one file that has them."""
     [file] = story.shown[name][kind].values()
     return flatten(file["data"])
 
 
-def test_two_experiments_run_at_a_time(story: Story) -> None:
-    assert max(status.count("Running") for status in story.queue) == 2
-
-
-@pytest.mark.parametrize("name", QUEUED)
-def test_a_queued_experiment_succeeds(story: Story, name: str) -> None:
-    assert re.search(rf"\b{name} .*\bSuccess\b", story.queue[-1])
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_the_store_fails_in_no_experiment(story: Story, name: str) -> None:
-    assert "Updating lock file" in story.said[name]
-    assert not re.search("warning: |error: |Traceback", story.said[name])
-
-
-def test_each_experiment_is_one_run(story: Story) -> None:
-    assert sorted(run.info.run_name for run in story.runs) == sorted(ALL)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_run_is_finished_and_of_its_experiment(story: Story, name: str) -> None:
-    assert story.run(name).info.status == "FINISHED"
-    assert story.run(name).data.tags["dvc_experiment"] == name
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_run_says_whether_its_training_was_executed_or_restored(story: Story, name: str) -> None:
-    tags = story.run(name).data.tags
-    assert ("Running stage 'train'" in story.said[name]) == (name in EXECUTED)
-    assert tags["backfilled"] == tags["evaluate.backfilled"] == str(name not in EXECUTED).lower()
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_dvc_and_mlflow_agree_on_the_params(story: Story, name: str) -> None:
-    shown = shown_by_dvc(story, name, "params")
-    assert story.run(name).data.params == {param: str(value) for param, value in shown.items()}
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_dvc_and_mlflow_agree_on_the_metrics(story: Story, name: str) -> None:
-    shown, logged = shown_by_dvc(story, name, "metrics"), story.run(name).data.metrics
-    assert "test_accuracy" in shown
-    assert {metric: logged.get(metric) for metric in shown} == pytest.approx(shown)
-
-
-def test_the_params_are_those_that_were_set(story: Story) -> None:
-    rates = {name: story.run(name).data.params["train.learning_rate"] for name in ALL}
-    assert rates == {"slow": "0.001", "middling": "0.002", "fast": "0.004", "temporary": "0.008", "restored": "0.002"}
-    assert story.run("restored").data.params["report.gallery_size"] == "5"
-    processes = {name: story.run(name).data.params["train.processes"] for name in ALL}
-    assert processes == {name: "2" if name == SHARED else "1" for name in ALL}
-
-
 def test_a_restored_training_has_the_model_of_the_one_that_was_executed(story: Story) -> None:
-    assert story.run("restored").data.tags["model_sha256"] == story.run("middling").data.tags["model_sha256"]
+    models = {story.run(name).data.tags["model_sha256"] for name in ("restored", story.copied)}
+    assert len(models) == 1
