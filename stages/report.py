@@ -7,7 +7,6 @@ from mnist_pipeline.common.params import load_params
 from mnist_pipeline.data.digits import FILES, load_digits
 from mnist_pipeline.data.training_set import load_additions
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.report.architecture import list_layers
 from mnist_pipeline.report.document import draw_charts, render_report, write_figures
 from mnist_pipeline.report.page import render_page
 from mnist_pipeline.report.results import load_results
@@ -22,14 +21,13 @@ def main() -> None:
     digits = {part: load_digits(paths.RAW, part) for part in ("train", "test")}
     digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
     model = load_model(paths.MODEL).network
-    layers = list_layers(model)
     results = load_results(
         paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
     )
-    charts = draw_charts(results, layers, model, params, digits["test"])
+    charts = draw_charts(results, model, params, digits["test"])
     write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
     files = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*")), paths.MODEL]
-    report = render_report(params, digits, layers, results, {str(path): sha256(path) for path in files})
+    report = render_report(params, digits, model, results, {str(path): sha256(path) for path in files})
     write_text(paths.REPORT, report)
     write_text(paths.PAGE, render_page(report, paths.REPORT.parent, charts))
     with continue_untracked("the report"):

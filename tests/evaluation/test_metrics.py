@@ -15,11 +15,12 @@ from mnist_pipeline.evaluation.metrics import (
     calibration_error,
     compute_metrics,
     corrupted_accuracies,
+    evaluate,
     family_means,
-    measure_robustness,
     prediction_rows,
 )
 from mnist_pipeline.model.inference import predict
+from mnist_pipeline.model.model_file import TrainedModel
 from mnist_pipeline.model.network import build_model
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 3, 3])
@@ -102,16 +103,21 @@ def test_a_probability_of_one_is_in_the_last_bin(right: bool) -> None:
     assert rows == [{"images": 2, "confidence": pytest.approx(0.995), "accuracy": right}]
 
 
-def test_the_network_is_scored_under_each_corruption(small_data: Path, params: Params) -> None:
-    model, device, digits = build_model(params.model, seed=0), torch.device("cpu"), load_digits(small_data, "test")
-    rows = measure_robustness(model, digits, params.data, 64, device)
-    assert [(row["corruption"], row["family"]) for row in rows] == [(each.name, each.family) for each in CORRUPTIONS]
-    for row, corruption in zip(rows, CORRUPTIONS, strict=True):
+def test_a_network_is_scored_on_the_test_images_and_under_each_corruption(small_data: Path, params: Params) -> None:
+    network, device, digits = build_model(params.model, seed=0), torch.device("cpu"), load_digits(small_data, "test")
+    found = evaluate(TrainedModel(network, params.data), digits, 64, device)
+    log_probabilities = predict(network, digits.tensors(params.data, device)[0], 64)
+    metrics = compute_metrics(log_probabilities, digits.labels) | corrupted_accuracies(found.robustness)
+    assert found.metrics == metrics | {"parameters": 19_210}
+    assert found.predictions == prediction_rows(log_probabilities, digits.labels)
+    assert found.calibration == calibration_bins(log_probabilities, digits.labels)
+    for row, corruption in zip(found.robustness, CORRUPTIONS, strict=True):
+        assert (row["corruption"], row["family"]) == (corruption.name, corruption.family)
         images, labels = corruption.apply(digits).tensors(params.data, device)
-        metrics = compute_metrics(predict(model, images, 64), labels)
+        metrics = compute_metrics(predict(network, images, 64), labels)
         scores = ("accuracy", "loss", "calibration_error")
         assert [row[score] for score in scores] == [metrics[f"test_{score}"] for score in scores]
-    assert len({row["loss"] for row in rows}) == len(rows)
+    assert len({row["loss"] for row in found.robustness}) == len(CORRUPTIONS)
 
 
 def test_the_scores_of_a_familys_corruptions_are_averaged() -> None:

@@ -193,6 +193,6 @@ def test_hostile_text_anywhere_in_the_report_is_shown_as_text(tmp_path: Path) ->
 
 
 def test_a_file_with_a_hostile_name_is_shown_as_text(run: MadeUpRun) -> None:
-    report = render_report(PARAMS, DIGITS, run.layers, run.results, DIGESTS | {f"data/raw/{HOSTILE}": "3" * 64})
+    report = render_report(PARAMS, DIGITS, run.model, run.results, DIGESTS | {f"data/raw/{HOSTILE}": "3" * 64})
     found = check_harmless(render_page(report, run.directory, run.charts))
     assert f"data/raw/{HOSTILE}" in found.text("main")

@@ -13,7 +13,6 @@ from mnist_pipeline.data.digits import NO_DIGITS, Digits, load_digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.metrics import calibration_bins, compute_metrics, corrupted_accuracies, prediction_rows
 from mnist_pipeline.model.network import Net, build_model
-from mnist_pipeline.report.architecture import Layer, list_layers
 from mnist_pipeline.report.chart_style import Chart
 from mnist_pipeline.report.document import draw_charts, render_report, write_figures
 from mnist_pipeline.report.page import render_page
@@ -98,16 +97,12 @@ class MadeUpRun:
         return build_model(PARAMS.model, seed=0)
 
     @cached_property
-    def layers(self) -> list[Layer]:
-        return list_layers(self.model)
-
-    @cached_property
     def charts(self) -> dict[str, Chart]:
-        return draw_charts(self.results, self.layers, self.model, self.params, self.digits["test"])
+        return draw_charts(self.results, self.model, self.params, self.digits["test"])
 
     @cached_property
     def report(self) -> str:
-        return render_report(self.params, self.digits, self.layers, self.results, DIGESTS)
+        return render_report(self.params, self.digits, self.model, self.results, DIGESTS)
 
     @cached_property
     def page(self) -> str:

@@ -1,8 +1,8 @@
-"""What a trained network gets right and wrong on the test images."""
+"""The metrics of a trained network on the test images, plain and corrupted."""
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
@@ -13,10 +13,39 @@ from tqdm import tqdm
 from mnist_pipeline.common.params import Normalization
 from mnist_pipeline.data.digits import CLASSES, Digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
+from mnist_pipeline.evaluation.disputed import disputed_images
 from mnist_pipeline.model.inference import predict, score
+from mnist_pipeline.model.model_file import TrainedModel
+from mnist_pipeline.model.network import count_parameters
 
 BIN_COUNT = 15  # bins of equal width between 0 and 1, as in Guo et al., arXiv:1706.04599
 SCORES = ("accuracy", "loss", "calibration_error")  # measured under each corruption
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The metrics; rows for images, bins of confidence and corruptions."""
+
+    metrics: dict[str, object]
+    predictions: list[dict[str, object]]
+    calibration: list[dict[str, float]]
+    robustness: list[dict[str, Any]]
+
+
+def evaluate(model: TrainedModel, digits: Digits, batch_size: int, device: torch.device) -> Evaluation:
+    """Test a network on the digits and on corrupted copies of them."""
+    network = model.network.to(device)
+    images, labels = digits.tensors(model.normalization, device)
+    log_probabilities = predict(network, images, batch_size)
+    robustness = _measure_robustness(network, digits, model.normalization, batch_size, device)
+    return Evaluation(
+        compute_metrics(log_probabilities, labels, disputed_images(digits))
+        | corrupted_accuracies(robustness)
+        | {"parameters": count_parameters(network)},
+        prediction_rows(log_probabilities, labels),
+        calibration_bins(log_probabilities, labels),
+        robustness,
+    )
 
 
 def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
@@ -61,7 +90,7 @@ def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
     return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / images
 
 
-def measure_robustness(
+def _measure_robustness(
     model: nn.Module, digits: Digits, normalization: Normalization, batch_size: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """Return a row for each corruption: the scores of a network, which is on the device, on the corrupted digits.

@@ -15,7 +15,7 @@ from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.disputed import disputed_images
 from mnist_pipeline.evaluation.metrics import BIN_COUNT
 from mnist_pipeline.report import charts, network_charts, published
-from mnist_pipeline.report.architecture import Layer, group_into_steps
+from mnist_pipeline.report.architecture import group_into_steps, list_layers
 from mnist_pipeline.report.chart_style import Chart, write_chart
 from mnist_pipeline.report.comparison import check_requirements, compare_progress, compare_results
 from mnist_pipeline.report.pictures import write_digit
@@ -25,10 +25,9 @@ from mnist_pipeline.report.studies import recipe_table
 _EXAMPLES = 5  # test images that the chart of corruptions shows
 
 
-def draw_charts(
-    results: Results, layers: Sequence[Layer], model: nn.Module, params: Params, test: Digits
-) -> dict[str, Chart]:
+def draw_charts(results: Results, model: nn.Module, params: Params, test: Digits) -> dict[str, Chart]:
     """Draw the report's charts, each under its name."""
+    steps = [*chain(*group_into_steps(list_layers(model)).values())]
     monitor = params.data.monitor_name
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
     shown = test[:_EXAMPLES]
@@ -38,7 +37,7 @@ def draw_charts(
     drawn = {
         "loss": charts.draw_learning_curve(results.history, "loss", monitor, published.TEST_LOSS),
         "accuracy": charts.draw_learning_curve(results.history, "accuracy", monitor, published.TEST_ACCURACY),
-        "network": network_charts.draw_network([*chain(*group_into_steps(layers).values())]),
+        "network": network_charts.draw_network(steps),
         "filters": network_charts.draw_filters(first.weight.detach().numpy()[:, 0]),
         "confusion_matrix": charts.draw_confusion_matrix(results.confusion),
         "reliability": charts.draw_reliability(results.calibration),
@@ -62,7 +61,7 @@ def write_figures(
 
 
 def render_report(
-    params: Params, digits: Mapping[str, Digits], layers: Sequence[Layer], results: Results, digests: Mapping[str, str]
+    params: Params, digits: Mapping[str, Digits], model: nn.Module, results: Results, digests: Mapping[str, str]
 ) -> str:
     """Return the report as Markdown; the same input gives the same text.
 
@@ -77,6 +76,7 @@ def render_report(
         autoescape=False,  # noqa: S701 (Markdown with our own numbers; `page` escapes it)
     )
     environment.filters |= {"percent": "{:.2%}".format, "thousands": "{:,}".format}
+    layers = list_layers(model)
     training, added, test = digits["train"] + digits["added"], digits["added"], digits["test"]
     return environment.get_template("report.md.j2").render(
         params=params,
