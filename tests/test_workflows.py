@@ -54,7 +54,7 @@ def test_no_expression_is_written_into_a_script(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", GITHUB, ids=lambda path: path.name)
-def test_a_job_has_no_right_but_its_own_and_no_endless_time(path: Path) -> None:
+def test_a_job_has_only_its_own_rights_and_a_time_limit(path: Path) -> None:
     assert load(path)["permissions"] == {}
     assert load(path)["concurrency"]["group"]
     for job in jobs(path).values():
