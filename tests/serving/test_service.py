@@ -1,4 +1,4 @@
-"""The web service: it answers an image with its digit, whatever else it is sent in one clear line, and ends quietly."""
+"""The web service: it answers an image with its digit, anything else with one clear line, and ends quietly."""
 
 import base64
 import io
@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
 from html.parser import HTMLParser
@@ -18,6 +17,7 @@ import mlflow
 import numpy as np
 import pytest
 import schemathesis
+from click.testing import CliRunner
 from hypothesis import given, settings, strategies
 from PIL import Image
 from schemathesis.specs.openapi.checks import positive_data_acceptance
@@ -26,17 +26,19 @@ from support.repository import Repository
 from support.running import running
 from support.stores import isolated_tracking
 
+from mnist_pipeline.cli import mnist
+from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
+from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.serving.classifier import Classifier
-from mnist_pipeline.serving.preprocessing import normalize, open_image
-from mnist_pipeline.serving.service import LOOPBACK, MAX_BYTES, host_names, load_classifier
+from mnist_pipeline.serving.preprocessing import open_image, to_mnist_image
+from mnist_pipeline.serving.service import LOOPBACK, MAX_BODY_BYTES, allowed_hosts, load_classifier
 from mnist_pipeline.tracking.registry import fetch_champion
 from mnist_pipeline.tracking.run import MODEL_TAG
 from mnist_pipeline.tracking.store import Store
 
 FORMATS = ["PNG", "JPEG", "GIF", "BMP", "WEBP", "TIFF"]
-MODEL = Path("models/model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -68,27 +70,22 @@ def test_it_answers_as_the_classifier_does(client: httpx.Client, trained_model: 
     for pixels in digits.pixels[:20].numpy():
         sent = picture(pixels)
         answer = client.post("/predict", content=sent).json()
-        expected = classifier.classify(normalize(open_image(sent)))
+        expected = classifier.classify(to_mnist_image(open_image(sent)))
         assert answer["digit"] == expected.digit
         assert answer["probability"] == answer["probabilities"][answer["digit"]]
         assert answer["probabilities"] == pytest.approx(expected.probabilities)
         assert sum(answer["probabilities"]) == pytest.approx(1)
 
 
-def test_it_reads_most_digits(client: httpx.Client, digits: Digits) -> None:
-    answers = [client.post("/predict", content=picture(pixels)).json() for pixels in digits.pixels[:100].numpy()]
-    assert np.mean([answer["digit"] for answer in answers] == digits.labels[:100].numpy()) > 0.85
-
-
-def test_the_answer_shows_what_the_network_saw(client: httpx.Client, three: bytes) -> None:
+def test_the_answer_shows_the_picture_that_the_network_got(client: httpx.Client, three: bytes) -> None:
     kind, encoded = client.post("/predict", content=three).json()["image"].split(",")
     assert kind == "data:image/png;base64"
     shown = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    assert np.array_equal(np.asarray(shown), normalize(open_image(three)))
+    assert np.array_equal(np.asarray(shown), to_mnist_image(open_image(three)))
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_it_opens_any_format_whatever_it_is_said_to_be(client: httpx.Client, digits: Digits, form: str) -> None:
+def test_it_opens_any_format_whatever_the_content_type(client: httpx.Client, digits: Digits, form: str) -> None:
     sent = picture(digits.pixels[1].numpy(), form)
     for kind in ("application/x-www-form-urlencoded", "image/png", "text/plain; charset=utf-8"):
         response = client.post("/predict", content=sent, headers={"Content-Type": kind})
@@ -103,7 +100,7 @@ def test_it_says_which_model_answers(client: httpx.Client, trained_model: Path, 
 
 
 def huge_png() -> bytes:
-    """Return a PNG of few bytes whose header announces billions of pixels."""
+    """Return a small PNG; its header announces billions of pixels."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "PNG")
     return buffer.getvalue().replace(b"IHDR\0\0\0\1\0\0\0\1", b"IHDR\0\0\xff\xff\0\0\xff\xff")
@@ -122,7 +119,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("sent", UNREADABLE.values(), ids=UNREADABLE.keys())
-def test_what_it_cannot_read_is_refused_in_one_line(client: httpx.Client, sent: bytes) -> None:
+def test_a_body_that_it_cannot_read_is_refused_in_one_line(client: httpx.Client, sent: bytes) -> None:
     response = client.post("/predict", content=sent)
     assert response.status_code == 422
     (said,) = response.json().values()
@@ -130,22 +127,22 @@ def test_what_it_cannot_read_is_refused_in_one_line(client: httpx.Client, sent: 
     assert 10 < len(said) < 200
 
 
-def test_a_body_that_is_announced_too_large_is_refused(client: httpx.Client) -> None:
-    response = client.post("/predict", content=bytes(MAX_BYTES + 1))
+def test_a_body_with_too_large_a_content_length_is_refused(client: httpx.Client) -> None:
+    response = client.post("/predict", content=bytes(MAX_BODY_BYTES + 1))
     assert response.status_code == 413
     assert response.json() == {"detail": "the image has more than 5,000,000 bytes"}
 
 
 def test_a_stream_is_refused_as_soon_as_it_is_too_large(client: httpx.Client) -> None:
     def endless() -> Iterator[bytes]:
-        for _ in range(2 * MAX_BYTES // 100_000):
+        for _ in range(2 * MAX_BODY_BYTES // 100_000):
             yield bytes(100_000)
 
     assert client.post("/predict", content=endless()).status_code == 413
 
 
-def test_a_body_of_just_the_limit_is_read(client: httpx.Client, three: bytes) -> None:
-    assert client.post("/predict", content=three + bytes(MAX_BYTES - len(three))).status_code == 200
+def test_a_body_of_exactly_the_limit_is_read(client: httpx.Client, three: bytes) -> None:
+    assert client.post("/predict", content=three + bytes(MAX_BODY_BYTES - len(three))).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -159,26 +156,26 @@ def test_other_methods_and_paths_are_refused(client: httpx.Client, method: str, 
     assert ("allow" in response.headers) == (status == 405)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost:8000", "LOCALHOST", "[::1]:8000"])
-def test_it_answers_to_the_names_of_this_machine(client: httpx.Client, host: str) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "LOCALHOST", "[::1]:8000"])
+def test_it_answers_under_the_names_of_this_machine(client: httpx.Client, host: str) -> None:
     assert client.get("/healthz", headers={"Host": host}).status_code == 200
 
 
-@pytest.mark.parametrize("host", ["example.com", "127.0.0.1.example.com:8000", "localhost.example.com", "", "[::2]"])
-def test_a_name_that_was_made_to_lead_here_gets_no_answer(client: httpx.Client, host: str) -> None:
+@pytest.mark.parametrize("host", ["example.com", "127.0.0.1.example.com:8000", "", "[::2]"])
+def test_it_does_not_answer_under_another_name(client: httpx.Client, host: str) -> None:
     for response in (client.get("/", headers={"Host": host}), client.post("/predict", headers={"Host": host})):
         assert response.status_code == 400
 
 
-def test_another_host_to_listen_at_can_be_named(trained_model: Path) -> None:
-    assert host_names("127.0.0.1") == [*LOOPBACK, "127.0.0.1"]
-    assert host_names("lab.example") == [*LOOPBACK, "lab.example"]
-    assert host_names("::1") == [*LOOPBACK, "[::1]"]
-    assert host_names("0.0.0.0") == host_names("::") == ["*"]
+def test_it_answers_under_the_name_of_the_host_that_it_listens_at() -> None:
+    assert allowed_hosts("127.0.0.1") == [*LOOPBACK, "127.0.0.1"]
+    assert allowed_hosts("lab.example") == [*LOOPBACK, "lab.example"]
+    assert allowed_hosts("::1") == [*LOOPBACK, "[::1]"]
+    assert allowed_hosts("0.0.0.0") == allowed_hosts("::") == ["*"]
 
 
 class Elements(HTMLParser):
-    """The attributes of every element of a page, and what its scripts and styles hold."""
+    """The attributes of all elements of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -189,7 +186,7 @@ class Elements(HTMLParser):
         self.attributes += attributes
 
 
-def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
+def test_the_page_loads_nothing_from_elsewhere(client: httpx.Client) -> None:
     response = client.get("/")
     assert response.headers["content-type"] == "text/html; charset=utf-8"
     attributes = Elements(response.text).attributes
@@ -200,7 +197,7 @@ def test_the_page_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", response.text)
 
 
-def test_the_page_may_run_its_own_script_and_style_alone(client: httpx.Client) -> None:
+def test_the_page_may_run_only_its_own_script_and_style(client: httpx.Client) -> None:
     policy = client.get("/").headers["content-security-policy"]
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert "unsafe" not in policy
@@ -215,135 +212,134 @@ def test_the_interface_describes_the_image_and_every_answer(client: httpx.Client
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/predict"), ("GET", "/healthz")])
-def test_it_keeps_to_its_interface(client: httpx.Client, three: bytes, method: str, path: str) -> None:
+def test_it_conforms_to_its_openapi(client: httpx.Client, three: bytes, method: str, path: str) -> None:
     schemathesis.openapi.media_type("image/png", strategies.one_of(strategies.just(three), strategies.binary()))
     operation = schemathesis.openapi.from_url(f"{client.base_url}/openapi.json")[path][method]
 
-    @settings(max_examples=150, deadline=None, derandomize=True)
+    @settings(max_examples=40, deadline=None, derandomize=True)
     @given(operation.as_strategy())
     def keep(case: schemathesis.Case) -> None:
-        # Most bytes are no image, and no schema can tell which.
+        # Most bytes are not an image; no schema can tell which are.
         case.call_and_validate(excluded_checks=[positive_data_acceptance])
 
     keep()
 
 
-def mutated(image: bytes, draw: random.Random) -> bytes:
-    """Return an image with some of its bytes changed, cut out or put in, as seldom as once or in large parts."""
+def damaged(image: bytes, chance: random.Random) -> bytes:
+    """Return an image with some of its bytes changed, cut out or put in: one byte, or large parts."""
     content = bytearray(image)
-    for _ in range(draw.choice([1, 2, 5, 30])):
-        place = draw.randrange(len(content)) if draw.random() < 0.5 else draw.randrange(min(60, len(content)))
-        match draw.randrange(5):
+    for _ in range(chance.choice([1, 2, 5, 30])):
+        start = chance.randrange(len(content)) if chance.random() < 0.5 else chance.randrange(min(60, len(content)))
+        match chance.randrange(5):
             case 0:
-                content[place] = draw.choice([0, 1, 127, 128, 255, draw.randrange(256)])
+                content[start] = chance.choice([0, 1, 127, 128, 255, chance.randrange(256)])
             case 1:
-                content[place : place + 4] = draw.choice([0, 1, 2**15, 2**31 - 1, 2**32 - 1]).to_bytes(4)
+                content[start : start + 4] = chance.choice([0, 1, 2**15, 2**31 - 1, 2**32 - 1]).to_bytes(4)
             case 2:
-                del content[place : place + draw.choice([1, 4, 50])]
+                del content[start : start + chance.choice([1, 4, 50])]
             case 3:
-                content[place:place] = draw.randbytes(draw.choice([1, 4, 50]))
+                content[start:start] = chance.randbytes(chance.choice([1, 4, 50]))
             case 4:
-                del content[max(place, 8) :]
+                del content[max(start, 8) :]
         if not content:
             break
     return bytes(content)
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_no_damaged_image_breaks_it(client: httpx.Client, digits: Digits, form: str) -> None:
-    draw = random.Random(form)
-    whole = [picture(pixels, form, side=40) for pixels in digits.pixels[:5].numpy()]
+def test_no_damaged_image_breaks_it(client: httpx.Client, digits: Digits) -> None:
+    chance = random.Random(0)
+    images = [picture(digits.pixels[0].numpy(), form, side=40) for form in FORMATS]
     statuses = set()
-    for _ in range(500):
-        response = client.post("/predict", content=mutated(draw.choice(whole), draw))
+    for _ in range(300):
+        response = client.post("/predict", content=damaged(chance.choice(images), chance))
         statuses.add(response.status_code)
         assert response.status_code in (200, 422)
         assert response.status_code == 200 or len(response.json()["detail"].splitlines()) == 1
     assert statuses == {200, 422}
-    assert client.post("/predict", content=whole[0]).status_code == 200
+    assert client.post("/predict", content=images[0]).status_code == 200
 
 
-@pytest.fixture
-def repository(tmp_path: Path, trained_model: Path) -> Repository:
+# The command
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)], ids=lambda number: number.name
+)
+def test_the_command_serves_until_a_signal_ends_it(
+    tmp_path: Path, trained_model: Path, three: bytes, number: signal.Signals
+) -> None:
     repository = Repository.create(tmp_path / "repository", fresh=True)
-    (repository.root / MODEL).parent.mkdir()
-    shutil.copy(trained_model, repository.root / MODEL)
-    return repository
-
-
-def started(process: "subprocess.Popen[str]") -> tuple[str, str]:
-    """Wait until a service says what it serves, where; return the line and the address in it."""
+    digest = put_model(repository.root, trained_model)
+    process = repository.start("mnist", "serve", "--port", "0")
     assert process.stdout is not None
     line = process.stdout.readline()
     address = re.search(r"http://\S+$", line)
     assert address, line + process.stdout.read()
-    return line, address[0]
-
-
-@pytest.mark.pipeline
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_command_serves_until_it_is_interrupted(
-    repository: Repository, three: bytes, number: signal.Signals
-) -> None:
-    process = repository.start("mnist", "serve", "--port", "0")
-    line, address = started(process)
-    digest = sha256(repository.root / MODEL)
-    assert line == f"Serving {MODEL} (SHA-256 {digest[:12]}) at {address}\n"
+    assert line == f"Serving {MODEL} (SHA-256 {digest[:12]}) at {address[0]}\n"
     with httpx.Client() as kept_open:
-        assert kept_open.post(f"{address}/predict", content=three).json()["model"]["sha256"] == digest
+        assert kept_open.post(f"{address[0]}/predict", content=three).json()["model"]["sha256"] == digest
         process.send_signal(number)
         said, _ = process.communicate(timeout=20)
     assert (process.returncode, said) == (0, "")
     assert not list(repository.root.glob("mlflow.db*"))
 
 
-@pytest.mark.pipeline
-def test_a_model_can_be_named(repository: Repository, tmp_path: Path) -> None:
-    (repository.root / MODEL).rename(tmp_path / "other")
-    process = repository.start("mnist", "serve", "--port", "0", "--model", str(tmp_path / "other"))
-    line, _ = started(process)
-    process.terminate()
-    assert line.startswith(f"Serving {tmp_path / 'other'} (")
-    assert process.wait(20) == 0
+def put_model(root: Path, model: Path) -> str:
+    """Put a model where the train stage writes it; return its digest."""
+    (root / MODEL).parent.mkdir()
+    shutil.copy(model, root / MODEL)
+    return sha256(model)
 
 
-@pytest.mark.pipeline
-def test_a_missing_model_is_told_in_one_line(repository: Repository) -> None:
-    (repository.root / MODEL).unlink()
-    served = repository.run("mnist", "serve", "--port", "0")
-    assert served.returncode == 1
-    assert served.stdout == f"error: {MODEL} is absent: `make repro` makes it, `dvc pull` brings it\n"
+@pytest.fixture
+def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory: it has neither a model nor a store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
 
 
-@pytest.mark.pipeline
-def test_a_file_that_is_no_model_is_told_in_one_line(repository: Repository) -> None:
-    served = repository.run("mnist", "serve", "--port", "0", "--model", "params.yaml")
-    assert served.returncode == 1
-    assert re.fullmatch(r"error: params\.yaml .*\n", served.stdout)
+def mistake(*options: str) -> str:
+    """Return the message with which `mnist serve` fails."""
+    result = CliRunner().invoke(mnist, ["serve", *options])
+    assert isinstance(result.exception, UserError)
+    return str(result.exception)
 
 
-@pytest.mark.pipeline
+@pytest.mark.usefixtures("workspace")
+def test_an_absent_model_is_an_error_in_one_line() -> None:
+    assert mistake("--port", "0") == f"{MODEL} is absent: `make repro` makes it, `dvc pull` brings it"
+
+
+def test_a_file_that_is_not_a_model_is_an_error_in_one_line(workspace: Path) -> None:
+    (workspace / "other").write_text("seed: 0")
+    assert re.fullmatch(r"other is not a model of this pipeline .*", mistake("--port", "0", "--model", "other"))
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "192.0.2.1"])
-def test_an_address_that_is_not_free_is_told_in_one_line(repository: Repository, host: str) -> None:
+def test_an_address_that_is_not_free_is_an_error_in_one_line(host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
-        served = repository.run("mnist", "serve", "--host", host, "--port", str(port))
-    assert served.returncode == 1
-    assert re.fullmatch(rf"error: cannot serve at {host}, port {port} \(.*\): choose .*--port\n", served.stdout)
+        message = mistake("--host", host, "--port", str(port))
+    assert re.fullmatch(rf"cannot serve at {host}, port {port} \(.*\): choose another --host or --port", message)
+
+
+# Which model
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """Connect to an empty store in a working directory of its own."""
+    """Connect to an empty store in the current directory."""
     with isolated_tracking(tmp_path):
         yield Store()
 
 
 def promote(store: Store, model: Path, digest: str) -> None:
-    """Register a run that trained a model, and make it the champion."""
+    """Log a run that trained a model, register its model and make it the champion."""
     run = store.client.create_run(store.experiment_id, tags={MODEL_TAG: digest}).info.run_id
     store.client.log_artifact(run, str(model), str(MODEL.parent))
-    with suppress(mlflow.MlflowException):  # it is there
+    with suppress(mlflow.MlflowException):  # it exists
         store.client.create_registered_model("mnist")
     version = store.client.create_model_version("mnist", f"runs:/{run}/{MODEL}", run)
     store.client.set_registered_model_alias("mnist", "champion", version.version)
@@ -361,22 +357,15 @@ def test_the_registrys_champion_is_served(store: Store, trained_model: Path, tmp
     assert classifier.classify(np.zeros((28, 28), np.uint8)).digit in range(10)
 
 
-def test_a_model_that_is_named_comes_before_the_champion(store: Store, trained_model: Path) -> None:
+def test_a_named_model_is_served_instead_of_the_champion(store: Store, trained_model: Path) -> None:
     promote(store, trained_model, sha256(trained_model))
     assert load_classifier(trained_model)[1].source == str(trained_model)
-
-
-def beside(root: Path, model: Path) -> str:
-    """Put a model where the train stage writes it; return its digest."""
-    (root / MODEL).parent.mkdir()
-    shutil.copy(model, root / MODEL)
-    return sha256(model)
 
 
 def test_without_a_champion_the_file_is_served(
     store: Store, trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    digest = beside(tmp_path, trained_model)
+    digest = put_model(tmp_path, trained_model)
     assert load_classifier(None)[1].model_dump() == {"source": str(MODEL), "sha256": digest, "parameters": 19210}
     promote(store, trained_model, digest)
     store.client.delete_registered_model_alias("mnist", "champion")
@@ -384,19 +373,19 @@ def test_without_a_champion_the_file_is_served(
     assert capsys.readouterr().err == ""
 
 
-def test_a_champion_that_is_not_what_its_run_trained_is_not_served(
+def test_a_champion_that_its_run_did_not_train_is_not_served(
     store: Store, trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beside(tmp_path, trained_model)
+    put_model(tmp_path, trained_model)
     promote(store, trained_model, "0" * 64)
     assert load_classifier(None)[1].source == str(MODEL)
     assert re.fullmatch(r"warning: .* is not the file .* the champion is not used\n", capsys.readouterr().err)
 
 
-def test_a_store_that_fails_costs_a_line(
+def test_a_store_that_fails_costs_a_warning(
     store: Store, trained_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beside(tmp_path, trained_model)
+    put_model(tmp_path, trained_model)
     (tmp_path / "mlflow.db").write_text("no database")
     assert load_classifier(None)[1].source == str(MODEL)
     assert re.fullmatch(
@@ -404,7 +393,7 @@ def test_a_store_that_fails_costs_a_line(
     )
 
 
-def test_without_a_store_none_is_made(tmp_path: Path) -> None:
+def test_no_store_is_made(tmp_path: Path) -> None:
     with isolated_tracking(tmp_path):
         (tmp_path / "mlflow.db").unlink()
         assert fetch_champion(tmp_path) is None
