@@ -112,11 +112,12 @@ def _bench() -> str:
         f"The network reads {measured['test_images_a_second']:,.0f} test images a second.",
         f"Tracking and checkpoints add **{tracking:.1%}** to a training, including a new database.",
         f"The train stage needs **{measured['train_peak_memory_mb'] / 1000:.2f} GB** of memory at its peak.",
-        f"How long an epoch takes, by number of images: {growth['images']}; by batch size, on 10,000 images: "
-        f"{growth['batch']}; by width of the layers, on as many: {growth['widths']}.",
+        f"An epoch, by number of images: {growth['images']}.",
+        f"An epoch on 10,000 images, by batch size: {growth['batch']}.",
+        f"An epoch on 10,000 images, by width of the layers: {growth['widths']}.",
     ]
     table = markdown_table(["", "median", "relative to the plain loop", "lowest to highest round"], rows)
-    return f"{table}\n\n{_wrap(' '.join(sentences))}"
+    return "\n".join([table, "", *(_wrap(f"- {sentence}", "  ") for sentence in sentences)])
 
 
 def _processes() -> str:
@@ -176,8 +177,8 @@ def _measured() -> dict[str, Any]:
     return found
 
 
-def _wrap(text: str) -> str:
-    return textwrap.fill(text, 120, break_on_hyphens=False)
+def _wrap(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _spread(values: list[float]) -> str:
