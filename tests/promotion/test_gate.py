@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from markdown_it import MarkdownIt
 from support import DATA, ROOT
 from support.stores import isolated_tracking
+from support.tables import table
 
 from mnist_pipeline.cli import mnist
+from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256, write_json
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import Digits, load_digits
@@ -28,7 +31,7 @@ from mnist_pipeline.promotion.gate import (
     decide,
     load_bounds,
     look_up_champion,
-    render,
+    render_verdicts,
 )
 from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.run import MODEL_TAG, TrackedRun
@@ -121,12 +124,13 @@ def test_a_thousand_changed_files_leave_the_table_readable() -> None:
 
 
 def test_verdicts_are_a_table() -> None:
-    assert render([Verdict("one", "at most 1", "2 | 3", False), Verdict("second", "any", "4", True)]) == (
-        "| rule   | bound     | value  | verdict    |\n"
-        "| ------ | --------- | ------ | ---------- |\n"
-        "| one    | at most 1 | 2 \\| 3 | **failed** |\n"
-        "| second | any       | 4      | passed     |"
-    )
+    verdicts = [Verdict("one", "at most 1", "2 | 3", False), Verdict("second", "any", "4", True)]
+    tokens = MarkdownIt().enable("table").parse(render_verdicts(verdicts))
+    assert [token.content for token in tokens if token.type == "inline"] == [
+        *("rule", "bound", "value", "verdict"),
+        *("one", "at most 1", "2 | 3", "**failed**"),
+        *("second", "any", "4", "passed"),
+    ]
 
 
 def test_the_committed_model_meets_the_committed_bounds() -> None:
@@ -135,6 +139,41 @@ def test_the_committed_model_meets_the_committed_bounds() -> None:
         metrics["test_accuracy"], metrics["parameters"], metrics["test_calibration_error"], "1" * 64, [], []
     )
     assert not failed(decide(load_bounds(ROOT / "params.yaml"), found, NoChampion("none yet", in_order=True)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"margin": "'0.1'"}, "params.yaml: gate.margin must be a valid number, and is the text '0.1' (write 0.1)"),
+        ({"lowest_accuracy": "99.3"}, "params.yaml: gate.lowest_accuracy must be less than or equal to 1, and is 99.3"),
+        (
+            {"largest_parameter_count": "0", "changed_data": "maybe"},
+            "params.yaml: gate.largest_parameter_count must be greater than or equal to 1, and is 0; "
+            "gate.changed_data must be a valid boolean, and is the text 'maybe'",
+        ),
+    ],
+)
+@pytest.mark.usefixtures("workspace")
+def test_mistakes_in_the_params_end_in_one_line_that_names_the_keys(changes: dict[str, str], line: str) -> None:
+    allow(**changes)
+    assert str(gate().exception) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("seed: 0", "gate is missing"),
+        ("gate: 0.99", "gate must be a section with keys of its own, and is 0.99"),
+        ("gate: {margins: 0.1}", "gate.margins is unknown: choose from lowest_accuracy, largest_parameter_count, "),
+    ],
+)
+def test_a_wrong_section_ends_in_one_line(tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(UserError) as refused:
+        load_bounds(tmp_path / "params.yaml")
+    assert line in str(refused.value)
+    assert str(refused.value).startswith(f"{tmp_path / 'params.yaml'}: gate")
+    assert "\n" not in str(refused.value)
 
 
 # The champion of a store
@@ -175,7 +214,7 @@ def test_a_champion_tested_on_other_images_reads_these(
 ) -> None:
     crown(store, trained_model, digits[:100])
     images, labels = digits.tensors(params.data, torch.device("cpu"))
-    accuracy = score(predict(load_model(trained_model), images, 100), labels).accuracy
+    accuracy = score(predict(load_model(trained_model).network, images, 100), labels).accuracy
     assert accuracy > 0
     assert look_up_champion(digits, 100) == Champion("version 1", accuracy, "1" * 64)
 
@@ -250,10 +289,8 @@ def gate(*options: str) -> Result:
     return CliRunner().invoke(mnist, ["gate", *options])
 
 
-def rows(table: str) -> dict[str, list[str]]:
-    """Return the cells of each row of a Markdown table by its first."""
-    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
-    return {row[0]: row[1:] for row in found}
+def rows(text: str) -> dict[str, list[str]]:
+    return {rule: rest for rule, *rest in table(text, "rule")}
 
 
 def test_a_model_that_passes_ends_the_command_well(workspace: Path) -> None:

@@ -1,7 +1,7 @@
 """Promote the model of the working directory twice: first in a process that dies after some of its requests.
 
-The argument says after how many of those that change the registry. Printed, as lines of JSON among what the promotions
-print: how the first one ended, and the aliases after each.
+The argument says after how many of those that change the registry. The script prints, as lines of JSON among what the
+promotions print, how the first one ended, and the aliases after each.
 """
 
 import json
@@ -24,24 +24,23 @@ REQUESTS = [
 ]
 
 
-def arm(answers: int) -> None:
-    """Have this process killed as soon as so many requests are answered."""
+def dying_requests(answers: int, die: Callable[[], object]) -> dict[str, Callable[..., object]]:
+    """Return the methods of MLflow's client that change the registry, such that `die` follows the given answer."""
     left = iter(range(answers - 1, -1, -1))
 
-    def deadly(request: Callable[..., object]) -> Callable[..., object]:
+    def dying(request: Callable[..., object]) -> Callable[..., object]:
         def ask(*arguments: object, **options: object) -> object:
             answer = request(*arguments, **options)
             if next(left) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
             return answer
 
         return ask
 
-    for name in REQUESTS:
-        setattr(MlflowClient, name, deadly(getattr(MlflowClient, name)))
+    return {name: dying(getattr(MlflowClient, name)) for name in REQUESTS}
 
 
-def tell(**found: object) -> None:
+def print_json(**found: object) -> None:
     print(json.dumps(found), flush=True)
 
 
@@ -52,10 +51,11 @@ def aliases() -> dict[str, str]:
 
 if __name__ == "__main__":
     if (child := os.fork()) == 0:
-        arm(int(sys.argv[1]))
+        for name, method in dying_requests(int(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL)).items():
+            setattr(MlflowClient, name, method)
         promote_model("dies")
         os._exit(0)
-    tell(ended=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-    tell(**aliases())
+    print_json(ended=os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print_json(**aliases())
     promote_model("finishes it")
-    tell(**aliases())
+    print_json(**aliases())
