@@ -1,4 +1,4 @@
-"""The model in MLflow, served by `mlflow models serve`: it answers what the model's file answers."""
+"""`mlflow models serve` answers with the model in MLflow what the model file answers."""
 
 import os
 import signal
@@ -18,22 +18,17 @@ from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
-    """A repository in which a model was trained."""
-    repository = Repository.create(tmp_path_factory.mktemp("serving"))
-    for stage in ("download", "train"):
-        said = repository.stage(stage)
-        assert said.returncode == 0, said.stdout
-    return repository
+def repository(trained: Repository, tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    return trained.copy(tmp_path_factory.mktemp("serving") / "repository")
 
 
 @pytest.fixture(scope="module")
 def served(repository: Repository) -> Iterator[httpx.Client]:
-    """Serve the model of the run as README.md says."""
+    """Serve the model of the run."""
     (run,) = repository.runs()
     port, log = free_port(), repository.root / "serving.log"
     uri = f"runs:/{run.info.run_id}/model"
@@ -62,13 +57,13 @@ def served(repository: Repository) -> Iterator[httpx.Client]:
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_it_answers_as_the_models_file_does(
+def test_it_answers_as_the_model_file_does(
     served: httpx.Client, repository: Repository, params: Params, count: int
 ) -> None:
     images, _ = load_digits(DATA, "test")[:count].tensors(params.data, torch.device("cpu"))
     answered = served.post("/invocations", json={"inputs": images.tolist()})
     assert answered.status_code == 200, answered.text
-    expected = predict(load_model(repository.root / "models/model.safetensors"), images, batch_size=count)
+    expected = predict(load_model(repository.root / "models/model.safetensors").network, images, batch_size=count)
     assert torch.allclose(torch.tensor(answered.json()["predictions"]), expected, atol=1e-5)
 
 
