@@ -209,7 +209,7 @@ def info(model: Path, as_json: bool) -> None:
 
     While the pipeline's model file is absent, it is the network that params.yaml describes.
     """
-    from mnist_pipeline.report.model_info import read_model_info, render_model_info
+    from mnist_pipeline.serving.model_info import read_model_info, render_model_info
 
     found = read_model_info(model)
     print(_to_json(asdict(found)) if as_json else render_model_info(found))

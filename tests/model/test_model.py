@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import Params
+from mnist_pipeline.model.architecture import Layer, list_layers
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model, save_model
 from mnist_pipeline.model.network import Net, build_model, count_parameters
-from mnist_pipeline.report.architecture import Layer, list_layers
 
 PARAMETERS = {
     "conv1": 60,

@@ -6,8 +6,8 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from mnist_pipeline.common.params import Params
+from mnist_pipeline.model.architecture import Layer
 from mnist_pipeline.report import published
-from mnist_pipeline.report.architecture import Layer
 from mnist_pipeline.report.results import ResultRow, Results
 from mnist_pipeline.report.studies import percent_range
 

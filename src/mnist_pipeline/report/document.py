@@ -14,8 +14,8 @@ from mnist_pipeline.data.digits import SIDE, Digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.disputed import disputed_images
 from mnist_pipeline.evaluation.metrics import BIN_COUNT
+from mnist_pipeline.model.architecture import group_into_steps, list_layers
 from mnist_pipeline.report import charts, network_charts, published
-from mnist_pipeline.report.architecture import group_into_steps, list_layers
 from mnist_pipeline.report.chart_style import Chart, write_chart
 from mnist_pipeline.report.comparison import check_requirements, compare_progress, compare_results
 from mnist_pipeline.report.pictures import write_digit

@@ -7,7 +7,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from mnist_pipeline.report.architecture import Layer
+from mnist_pipeline.model.architecture import Layer
 from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, ORANGE, RED, Chart, chart_rows, style_chart
 
 

@@ -112,8 +112,7 @@ class SharedModel(nn.Module):
                 whole = BatchNorm(layer, group) if isinstance(layer, nn.BatchNorm2d) else Dropout(layer, group)
                 replica.set_submodule(name, whole)
                 self.layers.append(whole)
-        # Every process computes the running statistics itself, so the buffers need not be sent.
-        self.replica = DistributedDataParallel(replica.train(), broadcast_buffers=False)
+        self.replica = DistributedDataParallel(replica.train())
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
@@ -132,9 +131,10 @@ class BatchNorm(nn.Module):
     def __init__(self, layer: nn.BatchNorm2d, group: Group) -> None:
         super().__init__()
         self.weight, self.bias = layer.weight, layer.bias
-        self.register_buffer("running_mean", layer.running_mean)
-        self.register_buffer("running_var", layer.running_var)
-        self.register_buffer("num_batches_tracked", layer.num_batches_tracked)
+        # Not registered as buffers: DistributedDataParallel would send them, and every process computes them itself.
+        self.running = cast(
+            "tuple[Tensor, Tensor, Tensor]", (layer.running_mean, layer.running_var, layer.num_batches_tracked)
+        )
         self.momentum, self.eps = cast("float", layer.momentum), layer.eps
         self.group = group
         self.batch_size = 0  # images in the whole batch
@@ -147,9 +147,10 @@ class BatchNorm(nn.Module):
         mean, square = self.group.sum(sums) / count
         variance = square - mean.square()
         with torch.no_grad():
-            self.get_buffer("running_mean").lerp_(mean.float(), self.momentum)
-            self.get_buffer("running_var").lerp_((variance * count / (count - 1)).float(), self.momentum)
-            self.get_buffer("num_batches_tracked").add_(1)
+            running_mean, running_variance, batches = self.running
+            running_mean.lerp_(mean.float(), self.momentum)
+            running_variance.lerp_((variance * count / (count - 1)).float(), self.momentum)
+            batches.add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
         shift = self.bias - mean * scale
         normalized: Tensor = values * scale.float().view(-1, 1, 1) + shift.float().view(-1, 1, 1)

@@ -9,9 +9,9 @@ from tabulate import tabulate
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.params import Normalization, load_params
 from mnist_pipeline.common.paths import MODEL, PARAMS
+from mnist_pipeline.model.architecture import Layer, list_layers
 from mnist_pipeline.model.model_file import TrainedModel, load_model
 from mnist_pipeline.model.network import Net
-from mnist_pipeline.report.architecture import Layer, list_layers
 
 
 @dataclass(frozen=True)
