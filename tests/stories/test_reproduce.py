@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+from support.repository import Repository
 
+from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import write_csv
 from mnist_pipeline.common.paths import HISTORY, PREDICTIONS
-from mnist_pipeline.reproduce import describe_difference, output_digests
+from mnist_pipeline.reproduce import describe_difference, output_digests, reproduce_commit
 
 LOCK = """
 schema: '2.0'
@@ -26,6 +28,20 @@ def write_run(directory: Path, losses: list[float], predictions: list[int]) -> P
     rows = [{"index": index, "label": index, "prediction": made} for index, made in enumerate(predictions)]
     write_csv(directory / PREDICTIONS, rows)
     return directory
+
+
+def test_a_directory_without_a_commit_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    with pytest.raises(UserError, match="there is nothing to compare with"):
+        reproduce_commit()
+
+
+def test_a_commit_without_outputs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = Repository.create(tmp_path / "repository", fresh=True).init()
+    monkeypatch.chdir(repository.root)
+    with pytest.raises(UserError, match=r"^dvc\.lock is not committed: run `make repro`"):
+        reproduce_commit()
 
 
 def test_only_outputs_are_compared(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""A trained network at work: reading pictures, the web service, ONNX, and new digits to train on."""
+"""A trained network at work: it reads pictures and serves a page, is exported and described, and gets new digits."""

@@ -37,12 +37,8 @@ from mnist_pipeline.serving.preprocessing import open_image, to_mnist_image
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 MAX_BODY_BYTES = 5_000_000
 _DECODERS = 2  # images decoded at a time; the others wait, still encoded
-_MEDIA_TYPES = [
-    *(f"image/{name}" for name in ("png", "jpeg", "webp", "gif", "bmp", "tiff")),
-    "application/octet-stream",
-]
-
-Probability = Annotated[float, Field(ge=0, le=1)]
+_FORMATS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"]
+_Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class ServedModel(BaseModel):
@@ -64,8 +60,8 @@ class PredictResponse(BaseModel):
     """The digit in an image, the probability of each of the ten digits, and the picture that the network got."""
 
     digit: Annotated[int, Field(ge=0, lt=CLASSES)]
-    probability: Probability
-    probabilities: Annotated[list[Probability], Field(min_length=CLASSES, max_length=CLASSES)]
+    probability: _Probability
+    probabilities: Annotated[list[_Probability], Field(min_length=CLASSES, max_length=CLASSES)]
     image: Annotated[str, Field(description=f"{SIDE}×{SIDE} grey pixels, a PNG as a data URI")]
     model: ServedModel
 
@@ -112,7 +108,7 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
             "requestBody": {
                 "description": f"The image itself, at most {MAX_BODY_BYTES:,} bytes in any format that Pillow opens",
                 "required": True,
-                "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in _MEDIA_TYPES},
+                "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in _FORMATS},
             }
         },
         responses={
