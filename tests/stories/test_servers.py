@@ -12,25 +12,32 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socket import create_server
+from unittest import mock
 
 import mlflow
 import pytest
 import torch
 from mlflow.entities import Run
-from support import DATA
+from support import DATA, ROOT
+from support.in_process import inside, run_backfill, run_stage
 from support.repository import REPORTS, Repository
 from support.servers import Server, free_port, mlflow_at, say_rest, say_until, serving, wait_until  # noqa: F401 (a fixture)
+from support.stores import EPOCHS, PARAMS, TRAIN
 
 from mnist_pipeline.common.params import Params
+from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.model.network import Net
+from mnist_pipeline.tracking.progress import TrainingLog
+from mnist_pipeline.tracking.store import Store
+from mnist_pipeline.tracking.training_run import training_run
 
 pytestmark = pytest.mark.pipeline
 
@@ -89,10 +96,30 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         shutil.rmtree(directory)
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.thorough)])
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
+
+
+def at_server(trained: Repository, root: Path, uri: str) -> Repository:
+    """Copy the trained repository without its store, to be tracked by a server."""
+    copy = trained.copy(root / "repository")
+    for path in map(copy.root.joinpath, STORES):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return Repository(copy.root, uri)
+
+
+def act_after_an_epoch(act: Callable[[], object]) -> AbstractContextManager[object]:
+    """Within the block, do something once a training in this process has shown its first epoch."""
+    show = TrainingLog.on_epoch
+
+    def show_and_act(log: TrainingLog, result: EpochResult) -> None:
+        show(log, result)
+        if result.epoch == 1:
+            act()
+
+    return mock.patch.object(TrainingLog, "on_epoch", show_and_act)
 
 
 def outputs(repository: Repository, *patterns: str) -> dict[str, bytes]:
@@ -149,41 +176,40 @@ def check_later_stages(repository: Repository, run: Run) -> None:
 
 @dataclass(frozen=True)
 class Mended:
-    """A `dvc repro` with nothing on the port of its server, and two backfills to a server that works."""
+    """The stages with nothing on the port of their server, and two backfills to a server that works."""
 
     absent: str
     repository: Repository
-    returncode: int
-    said: str
+    stages: dict[str, "subprocess.CompletedProcess[str]"]
     outputs: dict[str, bytes]
     backfills: list["subprocess.CompletedProcess[str]"]
     runs: list[list[Run]]
 
 
 @pytest.fixture(scope="module")
-def mended(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Mended:
-    root, absent = tmp_path_factory.mktemp("mended"), f"http://127.0.0.1:{free_port()}"
-    process = Repository.create(root, absent).init().start("dvc", "repro")
-    repository = Repository(root, request.getfixturevalue("sqlite").uri)  # starts meanwhile
-    said = say_rest(process)
-    made = all_outputs(repository)
+def mended(trained: Repository, tmp_path_factory: pytest.TempPathFactory, sqlite: Server) -> Mended:
+    absent = at_server(trained, tmp_path_factory.mktemp("mended"), f"http://127.0.0.1:{free_port()}")
+    stages = {stage: run_stage(absent, stage) for stage in STAGES}
+    repository = Repository(absent.root, sqlite.uri)
     backfills, found = [], []
     for _ in range(2):
-        backfills.append(repository.backfill())
+        backfills.append(run_backfill(repository))
         found.append(runs(repository))
-    return Mended(absent, repository, process.returncode, said, made, backfills, found)
+    return Mended(absent.uri, repository, stages, all_outputs(repository), backfills, found)
 
 
-def test_a_server_that_is_down_costs_each_stage_a_warning_and_nothing_else(mended: Mended) -> None:
-    assert mended.returncode == 0, mended.said
-    assert "Traceback" not in mended.said
-    stages = re.split(r"Running stage '(\w+)':", mended.said)
-    warned = {stage: warnings(text) for stage, text in zip(stages[1::2], stages[2::2], strict=True)}
-    assert warned.pop("download") == []
-    for stage, untracked in zip(STAGES, ("this training", "what evaluate found", "the report"), strict=True):
-        [warning] = warned[stage]
-        assert warning.startswith(f"warning: MLflow at {mended.absent} failed (")
-        assert f"so {untracked} is not tracked" in warning
+@pytest.mark.parametrize(
+    ("stage", "untracked"), [("train", "this training"), ("evaluate", "what evaluate found"), ("report", "the report")]
+)
+def test_a_server_that_is_down_costs_each_stage_a_warning_and_nothing_else(
+    mended: Mended, stage: str, untracked: str
+) -> None:
+    said = mended.stages[stage].stdout
+    assert mended.stages[stage].returncode == 0, said
+    assert "Traceback" not in said
+    [warning] = warnings(said)
+    assert warning.startswith(f"warning: MLflow at {mended.absent} failed (")
+    assert f"so {untracked} is not tracked" in warning
 
 
 def test_the_backfill_makes_the_run_that_a_server_missed(mended: Mended) -> None:
@@ -200,9 +226,9 @@ def test_a_second_backfill_adds_nothing(mended: Mended) -> None:
     assert [run.to_dictionary() for run in mended.runs[1]] == [run.to_dictionary() for run in mended.runs[0]]
 
 
-def test_a_server_that_is_required_and_down_is_an_error_before_the_training(tmp_path: Path) -> None:
+def test_a_required_server_that_is_down_is_an_error_before_the_training(tmp_path: Path) -> None:
     repository = Repository.create_with_data(tmp_path, f"http://127.0.0.1:{free_port()}")
-    ended = repository.stage("train", MNIST_TRACKING="required")
+    ended = run_stage(repository, "train", MNIST_TRACKING="required")
     assert ended.returncode == 1
     assert re.fullmatch(rf"error: MLflow at {repository.uri} failed \(.*\n", ended.stdout), ended.stdout
     assert outputs(repository, "models/*", "reports/**/*", ".checkpoints/*") == {}
@@ -223,10 +249,10 @@ class Tracked:
 
 
 @pytest.fixture(scope="module")
-def tracked(tmp_path_factory: pytest.TempPathFactory, server: Server, mended: Mended) -> Tracked:
-    """Run the stages, but after `mended`: its backfill would find this very model on the server."""
-    repository = Repository.create_with_data(tmp_path_factory.mktemp("tracked"), server.uri)
-    return Tracked(repository, {stage: repository.stage(stage) for stage in STAGES})
+def tracked(trained: Repository, tmp_path_factory: pytest.TempPathFactory, server: Server, mended: Mended) -> Tracked:
+    """Run the stages after `mended`, whose backfill would find this very model on the server."""
+    repository = at_server(trained, tmp_path_factory.mktemp("tracked"), server.uri)
+    return Tracked(repository, {stage: run_stage(repository, stage) for stage in STAGES})
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -246,7 +272,7 @@ def test_the_later_stages_add_to_it(tracked: Tracked) -> None:
 
 def test_the_server_gives_the_model_out(tracked: Tracked, params: Params, mlflow_at: Callable[[str], None]) -> None:
     images, _ = load_digits(DATA, "test").tensors(params.data, torch.device("cpu"))
-    expected = predict(load_model(tracked.repository.root / "models/model.safetensors"), images[:7], 7)
+    expected = predict(load_model(tracked.repository.root / "models/model.safetensors").network, images[:7], 7)
     [model] = tracked.run.outputs.model_outputs
     mlflow_at(tracked.repository.uri)
     for uri in (f"models:/{model.model_id}", f"runs:/{tracked.run.info.run_id}/model"):
@@ -259,12 +285,13 @@ def test_no_store_is_made_beside_the_server(tracked: Tracked, mended: Mended) ->
         assert STORES & {path.name for path in repository.root.iterdir()} == set()
 
 
-def test_the_outputs_are_the_same_bytes_without_a_server(tracked: Tracked, mended: Mended) -> None:
-    assert all_outputs(tracked.repository) == mended.outputs
+def test_the_outputs_are_the_same_bytes_without_a_server(tracked: Tracked, mended: Mended, trained: Repository) -> None:
+    assert all_outputs(tracked.repository) == mended.outputs == all_outputs(trained)
     assert mended.outputs.keys() >= OUTPUTS
 
 
-def test_a_training_that_was_killed_goes_on_in_its_run(tmp_path: Path, sqlite: Server) -> None:
+@pytest.mark.thorough
+def test_a_training_that_was_killed_continues_in_its_run(tmp_path: Path, sqlite: Server) -> None:
     repository = Repository.create_with_data(tmp_path, sqlite.uri, epochs=8)
     process = repository.start(sys.executable, "stages/train.py")
     say_until(process, "^Epoch: 2/")
@@ -280,43 +307,54 @@ def test_a_training_that_was_killed_goes_on_in_its_run(tmp_path: Path, sqlite: S
     check_training(repository, run)
 
 
+def test_a_training_continues_in_the_run_that_the_server_has_a_part_of(tmp_path: Path, sqlite: Server) -> None:
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    with inside(Repository(tmp_path, sqlite.uri)):
+        part = Store().begin_run(TRAIN, {})
+        part.log_epoch(EPOCHS[0].row())
+        with training_run(TRAIN, {}, Net(PARAMS.model), EPOCHS, part.id) as continued:
+            assert continued.id == part.id
+        run = Store().client.get_run(part.id)
+    assert run.info.status == "FINISHED"
+    assert Repository(tmp_path, sqlite.uri).steps(run) == [1, 2]
+
+
 # A server that fails during a training
 
 
 @dataclass(frozen=True)
 class Halfway:
-    """A `dvc repro` whose server dies after the first epochs, and a backfill when it is back."""
+    """A training whose server dies after the first epoch, and a backfill when the server is back."""
 
     repository: Repository
-    returncode: int
-    said: str
+    training: "subprocess.CompletedProcess[str]"
     left: list[Run]
     backfill: "subprocess.CompletedProcess[str]"
     runs: list[Run]
 
 
 @pytest.fixture(scope="module")
-def halfway(tmp_path_factory: pytest.TempPathFactory, sqlite: Server) -> Halfway:
-    repository = Repository.create(tmp_path_factory.mktemp("halfway"), sqlite.uri, epochs=30).init()
-    process = repository.start("dvc", "repro")
-    said = say_until(process, "^Epoch: 2/")
-    sqlite.kill()
-    said += say_rest(process)
+def halfway(trained: Repository, tmp_path_factory: pytest.TempPathFactory, sqlite: Server, mended: Mended) -> Halfway:
+    """Train after `mended`, in an experiment of DVC: else the backfill would find the same model's run there."""
+    repository = at_server(trained, tmp_path_factory.mktemp("halfway"), sqlite.uri)
+    experiment = {"DVC_EXP_NAME": "halfway"}
+    with act_after_an_epoch(sqlite.kill):
+        training = run_stage(repository, "train", **experiment)
     sqlite.start()
     sqlite.wait()
     left = runs(repository)
-    backfill = repository.backfill()
-    return Halfway(repository, process.returncode, said, left, backfill, runs(repository))
+    backfill = run_backfill(repository, **experiment)
+    return Halfway(repository, training, left, backfill, runs(repository))
 
 
-def test_a_server_that_dies_costs_a_training_its_later_epochs_in_the_run_alone(halfway: Halfway) -> None:
-    assert halfway.returncode == 0, halfway.said
-    assert "Traceback" not in halfway.said
-    training, *later = warnings(halfway.said)
-    assert re.search(r"so this training after epoch ([2-9]|1\d) is not tracked", training)
-    assert len(later) == 2
-    assert len(outputs(halfway.repository, "reports/history.csv")["reports/history.csv"].splitlines()) == 31
-    assert all_outputs(halfway.repository).keys() >= OUTPUTS
+def test_a_server_that_dies_costs_a_training_only_its_later_epochs_in_the_run(
+    halfway: Halfway, trained: Repository
+) -> None:
+    assert halfway.training.returncode == 0, halfway.training.stdout
+    assert "Traceback" not in halfway.training.stdout
+    [warning] = warnings(halfway.training.stdout)
+    assert "so this training after epoch 1 is not tracked" in warning
+    assert outputs_of_training(halfway.repository) == outputs_of_training(trained)
 
 
 def test_the_backfill_completes_the_run_that_a_server_has_a_part_of(halfway: Halfway) -> None:
@@ -329,22 +367,22 @@ def test_the_backfill_completes_the_run_that_a_server_has_a_part_of(halfway: Hal
     check_later_stages(halfway.repository, run)
 
 
-def test_a_server_that_hangs_half_way_costs_a_training_seconds(tmp_path: Path, sqlite: Server) -> None:
-    repository = Repository.create_with_data(tmp_path, sqlite.uri, epochs=8)
-    process = repository.start(sys.executable, "stages/train.py")
-    say_until(process, "^Epoch: 2/")
+@pytest.mark.thorough
+def test_a_server_that_hangs_half_way_costs_a_training_seconds(
+    trained: Repository, tmp_path: Path, sqlite: Server
+) -> None:
+    repository = at_server(trained, tmp_path, sqlite.uri)
     begin = time.monotonic()
-    sqlite.send(signal.SIGSTOP)
     try:
-        said = say_rest(process)
-        seconds = time.monotonic() - begin
+        with act_after_an_epoch(lambda: sqlite.send(signal.SIGSTOP)):
+            training = run_stage(repository, "train")
     finally:
         sqlite.send(signal.SIGCONT)
-    assert process.returncode == 0, said
-    assert len(warnings(said)) == 1
-    assert "after epoch" in said
-    assert len(outputs_of_training(repository)) == 2
-    assert seconds < STALL
+    assert training.returncode == 0, training.stdout
+    [warning] = warnings(training.stdout)
+    assert "after epoch 1" in warning
+    assert outputs_of_training(repository) == outputs_of_training(trained)
+    assert time.monotonic() - begin < STALL
 
 
 # A server that is no help
@@ -381,48 +419,31 @@ def silent() -> Iterator[int]:
         yield listening.getsockname()[1]
 
 
-@dataclass(frozen=True)
-class Untracked:
-    """A training of which the server heard nothing."""
-
-    uri: str
-    process: "subprocess.CompletedProcess[str]"
-    seconds: float
-    outputs: dict[str, bytes]
-
-
-def train_untracked(root: Path, port: int) -> Untracked:
-    repository = Repository.create_with_data(root, f"http://127.0.0.1:{port}")
+def check_untracked_training(trained: Repository, root: Path, port: int) -> None:
+    """Check that a training with nothing but trouble at its server's port costs one warning and a few seconds."""
+    repository = at_server(trained, root, f"http://127.0.0.1:{port}")
     begin = time.monotonic()
-    process = repository.stage("train")
-    return Untracked(repository.uri, process, time.monotonic() - begin, outputs_of_training(repository))
-
-
-@pytest.fixture(scope="module")
-def untracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Untracked]:
-    """Train once with each of these servers, with all at once: most of the time is waiting."""
-    with answering(500) as broken, answering(503, Retry_After="3600") as busy, silent() as hanging:
-        ports = {"refuses": free_port(), "answers 500": broken, "asks to wait an hour": busy, "never answers": hanging}
-        roots = [tmp_path_factory.mktemp("untracked") for _ in ports]
-        with ThreadPoolExecutor(len(ports)) as pool:
-            return dict(zip(ports, pool.map(train_untracked, roots, ports.values()), strict=True))
-
-
-@pytest.mark.parametrize("server_that", ["refuses", "answers 500", "asks to wait an hour", "never answers"])
-def test_whatever_the_server_does_a_training_ends_well_after_one_warning(
-    untracked: dict[str, Untracked], mended: Mended, server_that: str
-) -> None:
-    training = untracked[server_that]
-    said = training.process.stdout
-    assert training.process.returncode == 0, said
-    assert "Traceback" not in said
-    [warning] = warnings(said)
-    assert warning.startswith(f"warning: MLflow at {training.uri} failed (")
+    training = run_stage(repository, "train")
+    assert time.monotonic() - begin < STALL
+    assert training.returncode == 0, training.stdout
+    assert "Traceback" not in training.stdout
+    [warning] = warnings(training.stdout)
+    assert warning.startswith(f"warning: MLflow at {repository.uri} failed (")
     assert "so this training is not tracked" in warning
-    assert len(training.outputs) == 2
-    assert training.outputs.items() <= mended.outputs.items()
+    assert outputs_of_training(repository) == outputs_of_training(trained)
 
 
-@pytest.mark.parametrize("server_that", ["answers 500", "asks to wait an hour", "never answers"])
-def test_whatever_the_server_does_it_costs_seconds(untracked: dict[str, Untracked], server_that: str) -> None:
-    assert untracked[server_that].seconds - untracked["refuses"].seconds < STALL
+@pytest.mark.parametrize(("status", "headers"), [(500, {}), (503, {"Retry_After": "3600"})])
+def test_a_server_that_answers_with_errors_costs_a_training_a_warning_and_seconds(
+    trained: Repository, tmp_path: Path, status: int, headers: dict[str, str]
+) -> None:
+    with answering(status, **headers) as port:
+        check_untracked_training(trained, tmp_path, port)
+
+
+@pytest.mark.thorough
+def test_a_server_that_never_answers_costs_a_training_a_warning_and_seconds(
+    trained: Repository, tmp_path: Path
+) -> None:
+    with silent() as port:
+        check_untracked_training(trained, tmp_path, port)
