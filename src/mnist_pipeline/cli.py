@@ -12,9 +12,7 @@ from mnist_pipeline.common.paths import MODEL, RAW
 
 _PATH = click.Path(path_type=Path)
 _model_option = click.option("--model", type=_PATH, default=MODEL, help="The model file.")
-_ray_option = click.option(
-    "--ray", metavar="HOST:PORT", help="Train in the Ray cluster with this head, not in one process per core here."
-)
+_ray_option = click.option("--ray", metavar="HOST:PORT", help="Train in the Ray cluster with this head, not here.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -29,7 +27,7 @@ def mnist() -> None:
 
 @mnist.command()
 def backfill() -> None:
-    """Give MLflow a run for outputs that DVC restored, or that were made without tracking."""
+    """Give MLflow the run of outputs that it has missed."""
     from mnist_pipeline.tracking.backfill import backfill_run
 
     backfill_run()
@@ -90,10 +88,11 @@ def study(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
 @click.option("--trials", required=True, type=click.IntRange(1), help="How many in all, earlier calls included.")
 @_ray_option
 def sweep(space: Path, trials: int, ray: str | None) -> None:
-    """Search a space of params for the best recipe, and write it to experiments/NAME.yaml. SPACE is NAME.yaml.
+    """Search a space of params for the best recipe.
 
-    SPACE names a recipe to start from, and ranges or lists of choices for params. Trials are scored on held-out
-    training images; hopeless ones stop early. A sweep that was killed goes on.
+    SPACE, a file NAME.yaml, names a recipe to start from, and ranges or lists of choices for params. The best recipe
+    is written to experiments/NAME.yaml. Trials are scored on held-out training images; hopeless ones stop early. A
+    sweep that was killed goes on.
     """
     from mnist_pipeline.experiments.sweep import sweep
 
@@ -111,9 +110,10 @@ def sweep(space: Path, trials: int, ray: str | None) -> None:
 )
 @click.option("--artifacts", metavar="URL", help="Where CI keeps this run's outputs and pictures.")
 def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> None:
-    """Compare the run in the workspace with a commit, as Markdown for a comment on a pull request.
+    """Compare the run in the workspace with a commit, in Markdown.
 
-    Pictures go into a directory beside FILE. Its name is FILE's without the ending, and -pictures.
+    The text is meant for a comment on a pull request. Pictures go into a directory beside FILE. Its name is FILE's
+    without the ending, and -pictures.
     """
     from mnist_pipeline.promotion.ci_report.comment import write_ci_report
 
@@ -134,9 +134,9 @@ def serve(host: str, port: int, model: Path | None) -> None:
 @mnist.command()
 @_json_option
 def gate(as_json: bool) -> None:
-    """Judge the model here by the gate of params.yaml: exit code 0 if it passes, 1 if it fails.
+    """Judge the model here by the gate of params.yaml.
 
-    Each rule is listed with its bound, what was found, and the verdict.
+    Each rule is listed with its bound, what was found, and the verdict. The exit code is 1 if the model fails.
     """
     from mnist_pipeline.promotion.gate import judge, render_verdicts
 
@@ -151,10 +151,10 @@ def gate(as_json: bool) -> None:
 @click.option("--reason", default="", help="Why, for the record.", show_default=False)
 @click.option("--rollback", is_flag=True, help="Undo the last promotion: the previous champion is the champion again.")
 def promote(reason: str, rollback: bool) -> None:
-    """Make the model here MLflow's models:/mnist@champion, if it passes the gate.
+    """Make the model here the champion, if it passes the gate.
 
-    It becomes a version of the registered model and the challenger. If it passes, it becomes the champion, and the
-    former champion the previous one. If it fails, the exit code is 1. The tags of each version keep its history.
+    It becomes a version of MLflow's registered model and the challenger. If it passes, it becomes mnist@champion, and
+    the former champion the previous one; if not, the exit code is 1. The tags of each version keep its history.
     """
     from mnist_pipeline.promotion.promote import promote_model, roll_back
 
@@ -169,10 +169,11 @@ def promote(reason: str, rollback: bool) -> None:
 @click.option("--name", help="The addition's name. Default: the directory's.")
 @click.option("--normalize", is_flag=True, help="Bring other pictures to MNIST's form, as `mnist predict` does.")
 def add(source: Path, name: str | None, normalize: bool) -> None:
-    """Check labelled digits and add them to the training images: data/added/NAME, tracked by DVC.
+    """Check labelled digits and add them to the training images.
 
-    SOURCE is a directory. It holds directories 0 to 9 with pictures, white on black, 28×28 pixels; or IDX files with
-    the names of MNIST's training images. A copy of an image of MNIST, above all of a test image, is refused.
+    They are written to data/added/NAME, and DVC tracks them. SOURCE is a directory. It holds directories 0 to 9 with
+    pictures, white on black, 28×28 pixels; or IDX files with the names of MNIST's training images. A copy of an image
+    of MNIST, above all of a test image, is refused.
     """
     from mnist_pipeline.serving.additions import add_digits
 
@@ -184,10 +185,10 @@ def add(source: Path, name: str | None, normalize: bool) -> None:
 @_model_option
 @_json_option
 def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
-    """Read the digit in each picture: a drawing, a scan or a photo of one digit; - is standard input.
+    """Read the digit in each picture; - is standard input.
 
-    Any colours and size will do, dark on light or light on dark. A picture that cannot be read gets a line on standard
-    error. The others are read all the same, and the exit code is 1.
+    A picture is a drawing, a scan or a photo of one digit in any colours and size, dark on light or light on dark. If
+    one cannot be read, it gets a line on standard error, the others are read all the same, and the exit code is 1.
     """
     from mnist_pipeline.serving.classifier import Classifier, classify_files
 
@@ -205,7 +206,7 @@ def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
 @_model_option
 @_json_option
 def info(model: Path, as_json: bool) -> None:
-    """Show the network layer by layer, and which model file holds it.
+    """Show the network layer by layer, and the file that holds it.
 
     While the pipeline's model file is absent, it is the network that params.yaml describes.
     """
