@@ -1,4 +1,4 @@
-"""The gate: each rule's verdict, what it finds out about the workspace and the champion, and how its command ends."""
+"""The gate: the verdict of each rule, what it reads from the workspace and the registry, and how its command ends."""
 
 import json
 import shutil
@@ -87,7 +87,7 @@ def test_an_accuracy_at_its_bound_passes() -> None:
     assert not failed(decide(BOUNDS, replace(CANDIDATE, accuracy=0.99), replace(CHAMPION, accuracy=0.99)))
 
 
-def test_other_data_passes_where_it_is_allowed() -> None:
+def test_other_data_pass_if_the_params_allow_them() -> None:
     allowing = BOUNDS.model_copy(update={"changed_data": True})
     other = replace(CANDIDATE, data_sha256="2" * 64)
     [verdict] = [verdict for verdict in decide(allowing, other, CHAMPION) if verdict.rule == "data"]
@@ -191,7 +191,7 @@ def digits() -> Digits:
 
 
 def crown(store: Store, model: Path, tested: Digits, digest: str = "") -> None:
-    """Make a run that trained a model and tested it on images, none of which it had right, the champion's."""
+    """Make a model the champion; its run says that it read none of the tested images right."""
     tags = {MODEL_TAG: digest or sha256(model), "data_sha256": "1" * 64}
     run = TrackedRun(store.client, store.client.create_run(store.experiment_id, tags=tags).info.run_id)
     run.log({"test_accuracy": 0.0})
@@ -202,14 +202,14 @@ def crown(store: Store, model: Path, tested: Digits, digest: str = "") -> None:
     store.client.set_registered_model_alias("mnist", "champion", "1")
 
 
-def test_a_champion_tested_on_these_images_is_taken_at_its_word(
+def test_a_champion_tested_on_these_images_keeps_the_accuracy_of_its_run(
     store: Store, trained_model: Path, digits: Digits
 ) -> None:
     crown(store, trained_model, digits)
     assert look_up_champion(digits, 100) == Champion("version 1", 0.0, "1" * 64)
 
 
-def test_a_champion_tested_on_other_images_reads_these(
+def test_a_champion_tested_on_other_images_is_tested_on_these(
     store: Store, trained_model: Path, digits: Digits, params: Params
 ) -> None:
     crown(store, trained_model, digits[:100])
@@ -222,7 +222,7 @@ def test_a_champion_tested_on_other_images_reads_these(
 @pytest.mark.parametrize(
     ("digest", "said"), [("", "is not a model of this pipeline"), ("0" * 64, "is not the file that it trained")]
 )
-def test_a_champion_that_cannot_be_tested_is_no_champion_that_is_passed(
+def test_no_model_passes_beside_a_champion_that_cannot_be_tested(
     store: Store, tmp_path: Path, digits: Digits, digest: str, said: str
 ) -> None:
     (tmp_path / "other").mkdir()
@@ -235,7 +235,7 @@ def test_a_champion_that_cannot_be_tested_is_no_champion_that_is_passed(
     assert len(found.reason.splitlines()) == 1
 
 
-def test_a_store_that_fails_is_no_store_without_a_champion(store: Store, tmp_path: Path, digits: Digits) -> None:
+def test_no_model_passes_if_the_store_fails(store: Store, tmp_path: Path, digits: Digits) -> None:
     (tmp_path / "mlflow.db").write_text("no database")
     found = look_up_champion(digits, 100)
     assert isinstance(found, NoChampion)
@@ -244,7 +244,7 @@ def test_a_store_that_fails_is_no_store_without_a_champion(store: Store, tmp_pat
     assert len(found.reason.splitlines()) == 1
 
 
-def test_where_there_is_no_store_none_is_made(tmp_path: Path, digits: Digits) -> None:
+def test_looking_for_a_champion_makes_no_store(tmp_path: Path, digits: Digits) -> None:
     with isolated_tracking(tmp_path):
         (tmp_path / "mlflow.db").unlink()
         assert look_up_champion(digits, 100) == NoChampion("none yet in MLflow at mlflow.db", in_order=True)
@@ -256,7 +256,7 @@ def test_where_there_is_no_store_none_is_made(tmp_path: Path, digits: Digits) ->
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Iterator[Path]:
-    """Lay out a committed repository with outputs and without stages, and work in it."""
+    """Make a committed repository with outputs but no stages, and change into it."""
     for name in (".gitignore", ".dvc/.gitignore", ".dvc/config", "params.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -271,7 +271,7 @@ def workspace(tmp_path: Path) -> Iterator[Path]:
 
 
 def allow(**bounds: str) -> None:
-    """Write other bounds into the params, in place of those that are there."""
+    """Set bounds in the params."""
     lines = Path("params.yaml").read_text(encoding="utf-8").splitlines()
     for name, value in bounds.items():
         [line] = [line for line in lines if line.startswith(f"  {name}: ")]
@@ -293,7 +293,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {rule: rest for rule, *rest in table(text, "rule")}
 
 
-def test_a_model_that_passes_ends_the_command_well(workspace: Path) -> None:
+def test_the_command_ends_with_0_if_the_model_passes(workspace: Path) -> None:
     write_json(workspace / "reports/metrics.json", {**METRICS, "test_accuracy": 0.76})  # an output may be changed
     ended = gate()
     assert ended.exit_code == 0, ended.output
@@ -301,7 +301,7 @@ def test_a_model_that_passes_ends_the_command_well(workspace: Path) -> None:
     assert rows(ended.output)["test accuracy"] == ["at least 75.00%", "76.00%", "passed"]
 
 
-def test_a_model_that_fails_ends_the_command_with_1_and_its_rules(workspace: Path) -> None:
+def test_the_command_ends_with_1_and_the_failed_rules_if_the_model_fails(workspace: Path) -> None:
     allow(lowest_accuracy="0.76")
     (workspace / "new.py").touch()
     (workspace / "dvc.yaml").write_text("stages: {made-up: {cmd: 'true', deps: [params.yaml]}}")
@@ -316,7 +316,7 @@ def test_a_model_that_fails_ends_the_command_with_1_and_its_rules(workspace: Pat
     }
 
 
-def test_what_git_and_dvc_cannot_say_is_not_clean(workspace: Path) -> None:
+def test_nothing_counts_as_clean_if_git_and_dvc_fail(workspace: Path) -> None:
     shutil.rmtree(workspace / ".git")
     shutil.rmtree(workspace / ".dvc")
     ended = gate()
@@ -327,7 +327,11 @@ def test_what_git_and_dvc_cannot_say_is_not_clean(workspace: Path) -> None:
     assert len(failing) == 2
 
 
-def test_the_data_is_the_whole_directorys(workspace: Path, store: Store, digits: Digits, trained_model: Path) -> None:
+def test_the_data_are_all_files_of_the_folders(
+    workspace: Path, store: Store, digits: Digits, trained_model: Path
+) -> None:
+    workspace: Path, store: Store, digits: Digits, trained_model: Path
+) -> None:
     crown(store, trained_model, digits)
     assert rows(gate().output)["data"] == ["the champion's", "other than version 1's", "**failed**"]
     [run] = store.search_runs("tags.data_sha256 != ''")
@@ -338,12 +342,12 @@ def test_the_data_is_the_whole_directorys(workspace: Path, store: Store, digits:
 
 @pytest.mark.parametrize("content", ["<<<<<<< HEAD\n", "[]", "{}", '{"test_accuracy": "high"}'])
 @pytest.mark.usefixtures("workspace")
-def test_metrics_that_evaluate_does_not_write_are_told_in_one_line(content: str) -> None:
+def test_wrong_metrics_end_in_one_line(content: str) -> None:
     Path("reports/metrics.json").write_text(content)
     ended = gate()
     assert str(ended.exception) == "reports/metrics.json is not what evaluate writes: `dvc repro` makes it"
 
 
-def test_absent_metrics_are_told_in_one_line(workspace: Path) -> None:
+def test_absent_metrics_end_in_one_line(workspace: Path) -> None:
     (workspace / "reports/metrics.json").unlink()
     assert str(gate().exception).startswith("reports/metrics.json cannot be read (")
