@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import pytest
 from playwright.sync_api import Browser, Page, expect
 from support.browser import browser, is_local  # noqa: F401 (a fixture)
+from support.in_process import run_stage
 from support.repository import REPORTS, Repository
 from support.servers import serving
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 EPOCHS = 3
 PATIENCE = 30_000  # milliseconds, for pages of some megabytes
@@ -45,7 +46,7 @@ def tracked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tracked]:
     repository = Repository.create_with_data(tmp_path_factory.mktemp("tracked")).init()
     repository.set_param("epochs", EPOCHS)
     for stage in ("train", "evaluate", "report"):
-        said = repository.stage(stage)
+        said = run_stage(repository, stage)
         assert said.returncode == 0, said.stdout
     with serving(repository.root, f"sqlite:///{repository.root / 'mlflow.db'}") as server:
         yield Tracked(repository, server.uri)

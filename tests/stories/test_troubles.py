@@ -1,6 +1,7 @@
 """What can be wrong around the pipeline: each ends in a line that says so, and nothing is left half-written."""
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
+from support.in_process import run_stage
 from support.repository import Repository
 
 pytestmark = pytest.mark.pipeline
@@ -41,8 +43,9 @@ class Step:
         return re.findall(rf"(?m)^{kind}: .*$", self.said)
 
 
-def train(repository: Repository, **variables: str) -> Step:
-    process = repository.stage("train", PYTHONDONTWRITEBYTECODE="1", **variables)
+def train(repository: Repository, in_process: bool = True, **variables: str) -> Step:
+    stage = run_stage if in_process else Repository.stage
+    process = stage(repository, "train", PYTHONDONTWRITEBYTECODE="1", **variables)
     files = [path for name in ("models", "reports", ".checkpoints") for path in (repository.root / name).rglob("*")]
     return Step(
         process,
@@ -68,26 +71,44 @@ class Exported:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     repository = Repository.create(tmp_path_factory.mktemp("exported"))
-    repro = ("make", "--old-file=setup", "repro")  # what setup would install is installed
+    repro = ("make", "--old-file=setup", "repro")  # everything that setup would install is installed
     steps = [repository.run(*repro), repository.run(*repro)]
     return Exported(repository, steps, repository.runs())
 
 
+@pytest.mark.thorough
 def test_without_git_all_stages_run(exported: Exported) -> None:
     assert exported.steps[0].returncode == 0, exported.steps[0].stdout
     assert exported.executed(0) == ["download", "train", "evaluate", "report"]
 
 
+@pytest.mark.thorough
 def test_without_git_nothing_runs_twice(exported: Exported) -> None:
     assert exported.steps[1].returncode == 0, exported.steps[1].stdout
     assert exported.executed(1) == []
     assert "Added" not in exported.steps[1].stdout
 
 
-def test_without_git_the_run_says_that_there_is_no_commit(exported: Exported) -> None:
-    [run] = exported.runs
-    assert run.data.tags["git_commit"].startswith("none")
-    assert run.data.tags["git_dirty"] == "unknown"
+@pytest.mark.thorough
+def test_without_git_the_run_has_no_commit(exported: Exported) -> None:
+    check_no_commit(exported.runs)
+
+
+def check_no_commit(runs: list[Run]) -> None:
+    assert runs[0].data.tags["git_commit"].startswith("none")
+    assert runs[0].data.tags["git_dirty"] == "unknown"
+
+
+def test_a_copy_without_git_runs_no_stage_again_and_tracks_a_training_without_a_commit(
+    trained: Repository, tmp_path: Path
+) -> None:
+    copy = trained.copy(tmp_path / "repository")
+    shutil.rmtree(copy.root / ".git")
+    ended = copy.run("make", "--old-file=setup", "repro")
+    assert ended.returncode == 0, ended.stdout
+    assert not re.search("Running stage|Added", ended.stdout)
+    assert train(copy).code == 0
+    check_no_commit(copy.runs())
 
 
 # Databases that MLflow cannot use
@@ -122,11 +143,10 @@ class Unusable:
 
 
 @pytest.fixture(scope="module", params=DAMAGES)
-def unusable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, exported: Exported) -> Unusable:
+def unusable(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Unusable:
     damage, cause = DAMAGES[request.param]
     repository = Repository.create_with_data(tmp_path_factory.mktemp(request.param))
     mine = repository.root / "mlflow.db"
-    shutil.copy(exported.repository.root / "mlflow.db", mine)
     damage(mine)
     before = mine.read_bytes()
     required, optional = train(repository, MNIST_TRACKING="required"), train(repository)
@@ -160,6 +180,22 @@ def test_the_unusable_database_is_left_as_it_is(unusable: Unusable) -> None:
 
 
 # Disks that take no more
+
+
+def test_a_full_disk_ends_the_training_with_a_line_that_names_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fill_up(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    repository = Repository.create_with_data(tmp_path)
+    monkeypatch.setattr(os, "fsync", fill_up)
+    ended = train(repository)
+    assert ended.code == 1
+    [error] = ended.lines("error")
+    assert re.fullmatch(r"error: \[Errno \d+\] No space left on device: '\.checkpoints/\w+\.safetensors'", error)
+    assert "Traceback" not in ended.said
+    assert ended.written == NOTHING
 
 
 @contextmanager
@@ -199,22 +235,23 @@ def disks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Disks]:
     with mounted(place / "disk", "16m") as disk:
         repository = Repository.create_with_data(disk / "repository", fresh=True)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        steps["read-only"] = train(repository)
+        steps["read-only"] = train(repository, in_process=False)
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         fill(disk, 0)
-        steps["full"] = train(repository)
+        steps["full"] = train(repository, in_process=False)
         for name in ("models", "reports", ".checkpoints"):  # from here on, only the database lacks room
             shutil.rmtree(repository.root / name, ignore_errors=True)
             (place / name).mkdir()
             (repository.root / name).symlink_to(place / name)
         fill(disk, 600_000)
-        steps["half full"] = train(repository)
+        steps["half full"] = train(repository, in_process=False)
         (disk / "filler").unlink()
-        steps["roomy"] = train(repository)
+        steps["roomy"] = train(repository, in_process=False)
         shutil.copy(repository.root / "mlflow.db", place)
         yield Disks(steps, Repository(place))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "cause"), [("read-only", "Read-only file system"), ("full", "No space left on device")]
 )
@@ -227,11 +264,13 @@ def test_a_disk_that_takes_nothing_ends_the_training_with_a_line_that_names_the_
     assert "Traceback" not in disks.steps[name].said
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["read-only", "full"])
 def test_a_disk_that_takes_nothing_is_left_without_a_part_of_a_file(disks: Disks, name: str) -> None:
     assert disks.steps[name].written == NOTHING
 
 
+@pytest.mark.thorough
 def test_a_disk_too_small_for_the_database_costs_no_training(disks: Disks) -> None:
     assert disks.steps["half full"].code == 0, disks.steps["half full"].said
     [warning] = disks.steps["half full"].lines("warning")
@@ -239,6 +278,7 @@ def test_a_disk_too_small_for_the_database_costs_no_training(disks: Disks) -> No
     assert disks.steps["half full"].written == OUTPUTS
 
 
+@pytest.mark.thorough
 def test_with_room_again_the_training_is_tracked_again(disks: Disks) -> None:
     assert disks.steps["roomy"].code == 0
     assert disks.steps["roomy"].lines("warning") == []
@@ -288,17 +328,20 @@ def two_at_once(exported: Exported) -> Iterator[TwoAtOnce]:
         first.wait()
 
 
+@pytest.mark.thorough
 def test_a_second_repro_names_the_first_and_ends(two_at_once: TwoAtOnce) -> None:
     assert two_at_once.second.returncode != 0
     assert re.search(rf"\(PID {two_at_once.first.pid}\): \S*dvc repro", two_at_once.second.stdout)
     assert not re.search("Running stage|Traceback", two_at_once.second.stdout)
 
 
+@pytest.mark.thorough
 def test_the_first_repro_goes_on(two_at_once: TwoAtOnce) -> None:
     assert two_at_once.went_on
     assert re.search(r"(?m)^Epoch: \d+/9999 ", two_at_once.last)
 
 
+@pytest.mark.thorough
 def test_an_interrupted_repro_leaves_nothing_running(two_at_once: TwoAtOnce) -> None:
     assert two_at_once.first.returncode != 0
     assert "\ninterrupted\n" in two_at_once.last
