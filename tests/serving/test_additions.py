@@ -217,7 +217,7 @@ class Story:
     def keep(self, name: str, process: "subprocess.CompletedProcess[str]") -> None:
         files = {name: self.repository.root / name for name in ("dvc.lock", "reports/history.csv", "reports/report.md")}
         self.steps[name] = process
-        self.outputs[name] = {name: path.read_bytes() for name, path in files.items()}
+        self.outputs[name] = {name: path.read_bytes() for name, path in files.items() if path.exists()}
         self.runs[name] = self.repository.runs()[0]
 
     def said(self, name: str) -> str:
