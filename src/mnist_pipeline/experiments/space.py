@@ -9,13 +9,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from optuna.distributions import (
-    BaseDistribution,
-    CategoricalDistribution,
-    FloatDistribution,
-    IntDistribution,
-    distribution_to_json,
-)
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from pydantic import ValidationError
 
 from mnist_pipeline.common.errors import UserError
@@ -70,11 +64,6 @@ class Space:
     def size(self) -> float:
         """The number of points, infinite if a float is searched."""
         return math.prod(map(_number_of_values, self.distributions.values()))
-
-    @property
-    def description(self) -> dict[str, str]:
-        """The distributions as text."""
-        return {key: distribution_to_json(distribution) for key, distribution in self.distributions.items()}
 
     def values(self, drawn: Mapping[str, Any]) -> dict[str, Any]:
         """Return the params' values at a point that Optuna has drawn."""

@@ -6,7 +6,6 @@ sweep resumes, and a sweep with more trials builds on the earlier ones.
 """
 
 import hashlib
-import json
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,12 +76,14 @@ class _Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.space = space
         self.lock = threading.Lock()
-        base = trace("train", space.trial_params({})).fingerprint
-        fingerprint = hashlib.sha256(json.dumps([base, space.description]).encode()).hexdigest()
+        identity = f"{trace('train', space.trial_params({})).fingerprint} {dict(space.distributions)}"
         database = CHECKPOINTS / f"sweep-{space.name}.db"
         try:
             self.study = optuna.create_study(
-                storage=f"sqlite:///{database}", study_name=fingerprint, direction="maximize", load_if_exists=True
+                study_name=hashlib.sha256(identity.encode()).hexdigest(),
+                storage=f"sqlite:///{database}",
+                direction="maximize",
+                load_if_exists=True,
             )
         except Exception as error:  # SQLAlchemy's, Alembic's or the disk's
             raise UserError(f"{database} cannot be used ({str(error).splitlines()[0]}): move it away") from None
