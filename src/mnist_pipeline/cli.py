@@ -78,9 +78,9 @@ def study(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
 
     RECIPE is one of experiments/, or `specification` for params.yaml as it is. A study that was killed goes on.
     """
-    from mnist_pipeline.experiments.study import study
+    from mnist_pipeline.experiments.study import run_study
 
-    study(recipe, seeds, validation, ray)
+    run_study(recipe, seeds, validation, ray)
 
 
 @mnist.command()
@@ -94,9 +94,9 @@ def sweep(space: Path, trials: int, ray: str | None) -> None:
     is written to experiments/NAME.yaml. Trials are scored on held-out training images; hopeless ones stop early. A
     sweep that was killed goes on.
     """
-    from mnist_pipeline.experiments.sweep import sweep
+    from mnist_pipeline.experiments.sweep import run_sweep
 
-    sweep(space, trials, ray)
+    run_sweep(space, trials, ray)
 
 
 @mnist.command()

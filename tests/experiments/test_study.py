@@ -14,7 +14,7 @@ from mnist_pipeline.cli import main
 from mnist_pipeline.common.files import read_table, write_csv
 from mnist_pipeline.common.params import Params, load_params
 from mnist_pipeline.experiments import study as study_module
-from mnist_pipeline.experiments.study import seed_params, study
+from mnist_pipeline.experiments.study import run_study, seed_params
 
 
 def test_each_seed_trains_in_one_thread_on_all_images(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +37,7 @@ def test_an_interrupted_command_says_so_by_its_exit_code(
         raise KeyboardInterrupt
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(study_module, "study", interrupt)
+    monkeypatch.setattr(study_module, "run_study", interrupt)
     monkeypatch.setattr("sys.argv", ["mnist", "study", "fast"])
     with pytest.raises(SystemExit) as ended:
         main()
@@ -72,7 +72,7 @@ class QuickStudy:
 
         made_up = MadeUpTrials(accuracy)
         self.monkeypatch.setattr(study_module, "open_pool", made_up.open_pool)
-        study("quick", seeds, validation)
+        run_study("quick", seeds, validation)
         return [trial.name for trial in made_up.trials]
 
     @property
@@ -179,7 +179,7 @@ def test_a_study_whose_process_is_killed_goes_on(seeds: int, tmp_path: Path) -> 
     driver.kill()
     driver.wait()
     with isolated_tracking(tmp_path):
-        study("quick", seeds, validation=False)
+        run_study("quick", seeds, validation=False)
     rows = read_table(tmp_path / "reports/studies/quick.csv")
     assert [row["seed"] for row in rows] == [str(seed) for seed in range(seeds)]
     children = {run.info.run_name: run for run in repository.runs()}

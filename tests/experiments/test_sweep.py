@@ -15,7 +15,7 @@ from support.trials import MadeUpTrials, repository_with_data, wait_for
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.experiments import sweep as sweep_module
-from mnist_pipeline.experiments.sweep import sweep
+from mnist_pipeline.experiments.sweep import run_sweep
 from mnist_pipeline.experiments.trial import TrialError
 
 RATES = "params:\n  train.learning_rate: {low: 0.001, high: 0.1, log: true}\n"
@@ -48,7 +48,7 @@ def make_trials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeTrials:
 def test_the_winner_is_written_as_a_recipe(make_trials: MakeTrials, capsys: pytest.CaptureFixture[str]) -> None:
     made_up = make_trials(lambda rate: rate)
     write("experiments/start.yaml", "train:\n  optimizer: sgd\n  epochs: 4\n")
-    sweep(write("rates.yaml", f"recipe: start\n{RATES}"), 4)
+    run_sweep(write("rates.yaml", f"recipe: start\n{RATES}"), 4)
     winner = Path("experiments/rates.yaml")
     overlay = yaml.safe_load(winner.read_text())
     assert overlay == {"train": {"epochs": 4, "optimizer": "sgd", "learning_rate": max(made_up.learning_rates)}}
@@ -61,16 +61,16 @@ def test_the_winner_is_written_as_a_recipe(make_trials: MakeTrials, capsys: pyte
     first_row = printed[printed.index("| trial") :].splitlines()[2]
     assert f"| {max(made_up.learning_rates)}" in first_row
 
-    sweep(Path("rates.yaml"), 4)  # all there
+    run_sweep(Path("rates.yaml"), 4)  # all there
     assert len(made_up.trials) == 4
-    sweep(Path("rates.yaml"), 6)
+    run_sweep(Path("rates.yaml"), 6)
     assert len(set(made_up.learning_rates)) == 6
 
 
 def test_a_recipe_that_no_sweep_wrote_is_kept(make_trials: MakeTrials) -> None:
     made_up = make_trials(lambda rate: rate)
     with pytest.raises(UserError, match=r"experiments/best.yaml was not written by a sweep"):
-        sweep(write("best.yaml", RATES), 2)
+        run_sweep(write("best.yaml", RATES), 2)
     assert made_up.trials == []
 
 
@@ -81,14 +81,14 @@ def test_a_trial_under_the_median_is_stopped_if_it_can_be_compared(
     write("experiments/start.yaml", "train:\n  epochs: 4\n")
     accuracies = [0.9, 0.8, 0.85, 0.9, 0.95, 0.1]
     made_up = make_trials(lambda rate: accuracies[len(made_up.trials) - 1])
-    sweep(write("rates.yaml", f"recipe: start\n{RATES}{others}"), 6)
+    run_sweep(write("rates.yaml", f"recipe: start\n{RATES}{others}"), 6)
     assert list(made_up.epochs.values()) == [4, 4, 4, 4, 4, epochs]
 
 
 def test_each_point_of_a_small_space_is_tried_once(make_trials: MakeTrials) -> None:
     made_up = make_trials(lambda rate: rate)
     text = "params:\n  train.learning_rate: [0.1, 0.2, 0.3]\n  train.batch_size: {low: 8, high: 9}\n"
-    sweep(write("few.yaml", text), 50)
+    run_sweep(write("few.yaml", text), 50)
     assert len({(trial.params.train.learning_rate, trial.params.train.batch_size) for trial in made_up.trials}) == 6
     assert len(made_up.trials) == 6
 
@@ -100,12 +100,12 @@ def test_a_trial_that_fails_does_not_win(make_trials: MakeTrials, capsys: pytest
         return rate
 
     make_trials(diverge)
-    sweep(write("few.yaml", "params:\n  train.learning_rate: [0.1, 0.2]\n"), 2)
+    run_sweep(write("few.yaml", "params:\n  train.learning_rate: [0.1, 0.2]\n"), 2)
     assert "the loss is not finite" in capsys.readouterr().out
     assert load_params(overlay=Path("experiments/few.yaml")).train.learning_rate == 0.1
 
     with pytest.raises(UserError, match="none of 2 trials succeeded"):
-        sweep(write("bad.yaml", "params:\n  train.learning_rate: [0.2, 0.3]\n"), 2)
+        run_sweep(write("bad.yaml", "params:\n  train.learning_rate: [0.2, 0.3]\n"), 2)
 
 
 def test_a_trial_that_was_under_way_when_the_sweep_died_runs_again_with_the_same_params(
@@ -118,12 +118,12 @@ def test_a_trial_that_was_under_way_when_the_sweep_died_runs_again_with_the_same
         raise Died
 
     before = make_trials(lambda rate: rate)
-    sweep(write("rates.yaml", RATES), 2)
+    run_sweep(write("rates.yaml", RATES), 2)
     died = make_trials(die)
     with pytest.raises(Died):
-        sweep(Path("rates.yaml"), 3)
+        run_sweep(Path("rates.yaml"), 3)
     again = make_trials(lambda rate: rate)
-    sweep(Path("rates.yaml"), 3)
+    run_sweep(Path("rates.yaml"), 3)
     assert again.learning_rates == died.learning_rates
     assert [trial.name for trial in again.trials] == [trial.name for trial in died.trials] == ["rates-2"]
     assert len(set(before.learning_rates + again.learning_rates)) == 3
@@ -131,12 +131,12 @@ def test_a_trial_that_was_under_way_when_the_sweep_died_runs_again_with_the_same
 
 def test_two_sweeps_of_a_name_do_not_run_at_once(make_trials: MakeTrials) -> None:
     def sweep_again(rate: float) -> float:
-        sweep(Path("rates.yaml"), 2)
+        run_sweep(Path("rates.yaml"), 2)
         return rate
 
     make_trials(sweep_again)
     with pytest.raises(UserError, match="another process is running the sweep rates: wait until it ends"):
-        sweep(write("rates.yaml", RATES), 2)
+        run_sweep(write("rates.yaml", RATES), 2)
 
 
 # The real thing
@@ -161,7 +161,7 @@ def test_an_interrupted_sweep_ends_its_trainings_and_goes_on_when_it_is_called_a
     assert {run.info.status for run in repository.runs()} == {"KILLED"}
 
     with isolated_tracking(tmp_path):
-        sweep(Path("rates.yaml"), 1)
+        run_sweep(Path("rates.yaml"), 1)
     check_finished_sweep(repository, trials=1, epochs=10)
 
 

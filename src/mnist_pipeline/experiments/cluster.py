@@ -93,12 +93,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _run_in_cluster(repository: Mapping[str, str], images: str, trial: Trial) -> TrialProgress:
-    """Run a trial in the cluster, as `run_trial` does here. If its node dies, run it once more on another.
-
-    Raises:
-        TrialError: a stage failed, or a second node died.
-        UserError: a node is refused, because it would not train the same.
-    """
+    """Run a trial in the cluster, as `run_trial` does here. If its node dies, run it once more on another."""
     from ray.exceptions import RayError, RayTaskError
 
     for attempt in (1, 2):
@@ -116,11 +111,7 @@ def _run_in_cluster(repository: Mapping[str, str], images: str, trial: Trial) ->
 
 
 def _run_task(repository: Mapping[str, str], images: str, trial: Trial) -> TrialProgress:
-    """Run a trial as a Ray task. Closing the generator cancels it.
-
-    Raises:
-        RayError: the task failed (`RayTaskError`), or its node.
-    """
+    """Run a trial as a Ray task. Closing the generator cancels it."""
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=0)(_train_on_node)
@@ -145,11 +136,7 @@ def _run_task(repository: Mapping[str, str], images: str, trial: Trial) -> Trial
 def _train_on_node(
     fields: dict[str, Any], repository: Mapping[str, str], images: str, tracking: Mapping[str, str]
 ) -> Generator[tuple[float, ...] | StudyRow]:
-    """Run a trial on a machine of the cluster, in the clone that this module lies in; yield its scores and its row.
-
-    Raises:
-        UserError: this machine is refused, lacks data or does not reach MLflow, or the trial failed.
-    """
+    """Run a trial on a machine of the cluster, in the clone that this module lies in; yield its scores and its row."""
     from ray.util import get_node_ip_address
 
     os.chdir(Path(__file__).parents[3])

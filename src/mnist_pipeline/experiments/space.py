@@ -125,11 +125,7 @@ def load_space(path: Path) -> Space:
 
 
 def _parse_entry(entry: object, current: object, where: str) -> BaseDistribution:
-    """Return the distribution that an entry of the file describes; `current` is the param's value in the recipe.
-
-    Raises:
-        UserError: the entry is neither a list of choices nor, for a number, a range.
-    """
+    """Return the distribution that an entry of the file describes; `current` is the param's value in the recipe."""
     is_number = type(current) in (int, float)
     match entry:
         case [_, *_]:

@@ -17,7 +17,7 @@ from mnist_pipeline.tracking.provenance import trace
 _PARAMS, _TRAINING, _EVALUATION = "params_sha256", "fingerprint", "evaluation_fingerprint"
 
 
-def study(recipe: str, seeds: int, validation: bool, ray_address: str | None = None) -> None:
+def run_study(recipe: str, seeds: int, validation: bool, ray_address: str | None = None) -> None:
     """Train a recipe from the seeds 0, 1, 2, …; write each seed's row to the study's table as soon as it is there.
 
     With `validation`, training images are held out and scored, and no test image is seen.

@@ -34,7 +34,7 @@ _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)  # a trial that Optuna calls F
 _NUMBER, _LOSS, _FAILURE = "number", "monitor_loss", "failure"  # what Optuna keeps of a trial besides its curve
 
 
-def sweep(path: Path, trials: int, ray_address: str | None = None) -> None:
+def run_sweep(path: Path, trials: int, ray_address: str | None = None) -> None:
     """Run trials in a space until there are as many as asked for, and write the best one as a recipe.
 
     Raises:

@@ -121,11 +121,7 @@ def _copy_pipeline(copy: Path, params: Params) -> None:
 
 
 def _run_stage(stage: str, name: str, copy: Path, variables: Mapping[str, str], lock: IO[str]) -> Generator[None]:
-    """Run a stage to its end and yield every `POLL_SECONDS`. Closing the generator ends the process.
-
-    Raises:
-        TrialError: the stage failed.
-    """
+    """Run a stage to its end and yield every `POLL_SECONDS`. Closing the generator ends the process."""
     process = subprocess.Popen(
         [sys.executable, f"stages/{stage}.py"],
         cwd=copy,
