@@ -330,13 +330,11 @@ def test_nothing_counts_as_clean_if_git_and_dvc_fail(workspace: Path) -> None:
 def test_the_data_are_all_files_of_the_folders(
     workspace: Path, store: Store, digits: Digits, trained_model: Path
 ) -> None:
-    workspace: Path, store: Store, digits: Digits, trained_model: Path
-) -> None:
     crown(store, trained_model, digits)
     assert rows(gate().output)["data"] == ["the champion's", "other than version 1's", "**failed**"]
     [run] = store.search_runs("tags.data_sha256 != ''")
-    here = sha256_of_images()
-    store.client.set_tag(run.info.run_id, "data_sha256", here)
+
+    store.client.set_tag(run.info.run_id, "data_sha256", sha256_of_images())
     assert rows(gate().output)["data"] == ["the champion's", "version 1's", "passed"]
 
 
