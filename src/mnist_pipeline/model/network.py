@@ -23,55 +23,35 @@ class Net(nn.Module):
     def __init__(self, params: ModelParams) -> None:
         super().__init__()
         c1, c2, c3, c4, c5, c6 = params.channels
-        bias, activation = params.bias, _ACTIVATIONS[params.activation]
 
-        def pool() -> nn.Module:
-            return nn.MaxPool2d(params.pooling, stride=2, padding=(params.pooling - 1) // 2)
+        def convolve(number: int, inputs: int, outputs: int, padding: int) -> dict[str, nn.Module]:
+            return {
+                f"conv{number}": nn.Conv2d(inputs, outputs, 3, padding=padding, bias=params.bias),
+                f"bn{number}": nn.BatchNorm2d(outputs),
+                f"activation{number}": _ACTIVATIONS[params.activation](),
+            }
 
-        def dropout() -> nn.Module:
-            return _DROPOUT[params.dropout_kind](params.dropout)
+        def shrink(number: int) -> dict[str, nn.Module]:
+            return {
+                f"pool{number}": nn.MaxPool2d(params.pooling, stride=2, padding=(params.pooling - 1) // 2),
+                f"dropout{number}": _DROPOUT[params.dropout_kind](params.dropout),
+            }
 
-        self.block1 = nn.Sequential(
-            OrderedDict(
-                conv1=nn.Conv2d(1, c1, 3, padding=1, bias=bias),
-                bn1=nn.BatchNorm2d(c1),
-                activation1=activation(),
-                conv2=nn.Conv2d(c1, c2, 3, padding=1, bias=bias),
-                bn2=nn.BatchNorm2d(c2),
-                activation2=activation(),
-                pool1=pool(),
-                dropout1=dropout(),
-            )
-        )
-        self.block2 = nn.Sequential(
-            OrderedDict(
-                conv3=nn.Conv2d(c2, c3, 3, padding=1, bias=bias),
-                bn3=nn.BatchNorm2d(c3),
-                activation3=activation(),
-                conv4=nn.Conv2d(c3, c4, 3, padding=1, bias=bias),
-                bn4=nn.BatchNorm2d(c4),
-                activation4=activation(),
-                pool2=pool(),
-                dropout2=dropout(),
-            )
-        )
-        self.block3 = nn.Sequential(
-            OrderedDict(
-                conv5=nn.Conv2d(c4, c5, 3, bias=bias),
-                bn5=nn.BatchNorm2d(c5),
-                activation5=activation(),
-                conv6=nn.Conv2d(c5, c6, 3, bias=bias),
-                bn6=nn.BatchNorm2d(c6),
-                activation6=activation(),
-                conv7=nn.Conv2d(c6, CLASSES, 3),
-                gap=nn.AdaptiveAvgPool2d(1),
-                flatten=nn.Flatten(),
-            )
-        )
+        def classify() -> dict[str, nn.Module]:
+            return {"conv7": nn.Conv2d(c6, CLASSES, 3), "gap": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
+
+        # In the order of the layers, in which their initial weights are drawn.
+        self.block1 = _sequence(convolve(1, 1, c1, padding=1), convolve(2, c1, c2, padding=1), shrink(1))
+        self.block2 = _sequence(convolve(3, c2, c3, padding=1), convolve(4, c3, c4, padding=1), shrink(2))
+        self.block3 = _sequence(convolve(5, c4, c5, padding=0), convolve(6, c5, c6, padding=0), classify())
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
         return F.log_softmax(self.block3(self.block2(self.block1(images))), dim=1)
+
+
+def _sequence(*steps: dict[str, nn.Module]) -> nn.Sequential:
+    return nn.Sequential(OrderedDict((name, layer) for step in steps for name, layer in step.items()))
 
 
 def build_model(params: ModelParams, seed: int) -> Net:
