@@ -333,7 +333,6 @@ def test_the_data_are_all_files_of_the_folders(
     crown(store, trained_model, digits)
     assert rows(gate().output)["data"] == ["the champion's", "other than version 1's", "**failed**"]
     [run] = store.search_runs("tags.data_sha256 != ''")
-
     store.client.set_tag(run.info.run_id, "data_sha256", sha256_of_images())
     assert rows(gate().output)["data"] == ["the champion's", "version 1's", "passed"]
 
