@@ -6,13 +6,14 @@ import platform
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -169,6 +170,14 @@ def check_later_stages(repository: Repository, run: Run) -> None:
     with tempfile.TemporaryDirectory() as directory:
         downloaded = repository.client.download_artifacts(run.info.run_id, "reports/report.md", directory)
         assert Path(downloaded).read_bytes() == (repository.root / "reports/report.md").read_bytes()
+
+
+def test_a_copied_repository_has_its_artifacts_in_the_copy(trained: Repository, tmp_path: Path) -> None:
+    copy = trained.copy(tmp_path / "copy")
+    with closing(sqlite3.connect(copy.root / "mlflow.db")) as database:
+        assert [line for line in database.iterdump() if str(trained.root) in line] == []
+    [run] = copy.runs()
+    assert run.info.artifact_uri.startswith(copy.root.as_uri())
 
 
 # A server that is down

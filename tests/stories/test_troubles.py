@@ -1,4 +1,4 @@
-"""What can be wrong around the pipeline: each ends in a line that says so, and nothing is left half-written."""
+"""Troubles around the pipeline: each is reported in one line and leaves no half-written file."""
 
 import contextlib
 import errno
@@ -115,7 +115,7 @@ def test_a_copy_without_git_runs_no_stage_again_and_tracks_a_training_without_a_
 
 
 def with_schema(revision: str) -> Callable[[Path], None]:
-    """Return what makes a database one of another revision of MLflow's schema."""
+    """Return a function that gives a database another revision of MLflow's schema."""
 
     def change(database: Path) -> None:
         with closing(sqlite3.connect(database)) as connection, connection:
@@ -134,7 +134,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @dataclass(frozen=True)
 class Unusable:
-    """What the train stage does with a database that MLflow cannot use, where tracking is required and where not."""
+    """What the train stage does with a database that MLflow cannot use, with and without required tracking."""
 
     cause: str
     required: Step
@@ -167,7 +167,7 @@ def test_one_line_says_why_the_training_is_not_tracked(unusable: Unusable) -> No
     assert not re.search("error: |Traceback", unusable.optional.said)
 
 
-def test_without_its_database_no_training_starts_that_must_be_tracked(unusable: Unusable) -> None:
+def test_without_its_database_a_training_that_must_be_tracked_does_not_start(unusable: Unusable) -> None:
     assert unusable.required.code == 1
     assert unusable.required.written == NOTHING
     [error] = unusable.required.said.splitlines()
@@ -175,7 +175,7 @@ def test_without_its_database_no_training_starts_that_must_be_tracked(unusable: 
     assert unusable.cause in error
 
 
-def test_the_unusable_database_is_left_as_it_is(unusable: Unusable) -> None:
+def test_the_unusable_database_is_not_changed(unusable: Unusable) -> None:
     assert unusable.untouched
 
 
@@ -212,7 +212,7 @@ def mounted(place: Path, size: str) -> Iterator[Path]:
 
 
 def fill(disk: Path, left: int) -> None:
-    """Leave that many bytes free on a disk, for a file that takes the others."""
+    """Fill a disk up to that many free bytes."""
     (disk / "filler").unlink(missing_ok=True)
     state = os.statvfs(disk)
     with (disk / "filler").open("wb") as file:
@@ -224,7 +224,7 @@ class Disks:
     """What the train stage does on a disk that cannot be written, is full, half full, and roomy again."""
 
     steps: dict[str, Step]
-    kept: Repository  # with a copy of the database: MLflow would keep the original open, and the disk busy
+    kept: Repository  # a copy of the database: MLflow would keep the original open, and the disk busy
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +266,7 @@ def test_a_disk_that_takes_nothing_ends_the_training_with_a_line_that_names_the_
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["read-only", "full"])
-def test_a_disk_that_takes_nothing_is_left_without_a_part_of_a_file(disks: Disks, name: str) -> None:
+def test_a_disk_that_takes_nothing_gets_no_part_of_a_file(disks: Disks, name: str) -> None:
     assert disks.steps[name].written == NOTHING
 
 
@@ -292,7 +292,7 @@ def test_with_room_again_the_training_is_tracked_again(disks: Disks) -> None:
 
 @dataclass(frozen=True)
 class TwoAtOnce:
-    """A `dvc repro` that trains, a second one in its way, and how the first goes on and is interrupted."""
+    """A `dvc repro` that trains, a second one at the same time, and how the first goes on and is interrupted."""
 
     first: "subprocess.Popen[str]"
     second: "subprocess.CompletedProcess[str]"

@@ -1,4 +1,4 @@
-"""A real `mlflow server` on loopback, and what its tests wait for."""
+"""A real `mlflow server` on loopback, and functions that wait for servers and processes."""
 
 import http.client
 import os
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until a server that was started meets a condition; should it end or take too long, show its log."""
+    """Wait until a server that was started meets a condition; if it ends or takes too long, fail with its log."""
     deadline = time.monotonic() + 120
     while not condition():
         assert process.poll() is None, log.read_text()
@@ -33,7 +33,7 @@ def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]"
 
 @dataclass
 class Server:
-    """An `mlflow server` on loopback, its database anywhere, its artifacts in a directory."""
+    """An `mlflow server` on loopback, with any database, and its artifacts in a directory."""
 
     directory: Path
     database: str
@@ -48,9 +48,9 @@ class Server:
         return self.directory / "server.log"
 
     def start(self) -> None:
-        """Start it in a process group of its own: it has children."""
+        """Start it in its own process group, because it has children."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        of_no_use = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        switched_off = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         where = {"--host": "127.0.0.1", "--port": str(self.port), "--workers": "1"}
         stores = {"--backend-store-uri": self.database, "--artifacts-destination": str(self.directory / "artifacts")}
         options = [word for option in (where | stores).items() for word in option]
@@ -58,7 +58,7 @@ class Server:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "mlflow", "server", *options],
                 cwd=self.directory,
-                env=kept | of_no_use,
+                env=kept | switched_off,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -100,7 +100,7 @@ def serving(directory: Path, database: str) -> Iterator[Server]:
 
 
 def say_until(process: "subprocess.Popen[str]", pattern: str) -> str:
-    """Return what a process says until a line matches."""
+    """Return what a process prints, up to a line that matches."""
     assert process.stdout is not None
     said = ""
     for line in process.stdout:
@@ -111,14 +111,14 @@ def say_until(process: "subprocess.Popen[str]", pattern: str) -> str:
 
 
 def say_rest(process: "subprocess.Popen[str]") -> str:
-    """Return what a process says from here on to its end."""
+    """Return what a process prints from here to its end."""
     said, _ = process.communicate()
     return said
 
 
 @pytest.fixture
 def mlflow_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Point this process's MLflow, and its environment, to a server for one test."""
+    """Give a function that points MLflow in this process to a server, for one test."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)  # restored at the end
     yield mlflow.set_tracking_uri
     mlflow.set_tracking_uri(None)

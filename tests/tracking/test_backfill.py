@@ -1,4 +1,4 @@
-"""What MLflow has not seen, or not whole, it gets from the stages' outputs, and once."""
+"""A backfill adds to MLflow, once, what it missed of a run."""
 
 import contextlib
 import io
@@ -45,7 +45,7 @@ OUTPUTS = {str(path) for path in [MODEL, HISTORY, METRICS, *MADE_UP]}
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Lay out a pipeline with outputs such as its stages make; no test changes it."""
+    """Create a pipeline with made-up outputs; no test changes it."""
     root = Repository.create(tmp_path_factory.mktemp("pipeline")).root
     shutil.copytree(DATA, root / RAW)
     with pytest.MonkeyPatch.context() as patch:
@@ -61,7 +61,7 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextlib.contextmanager
 def working_in(pipeline: Path, root: Path, status: int) -> Iterator[pytest.MonkeyPatch]:
-    """Work in a pipeline with a store at another root, and a `dvc` whose every command ends with a status."""
+    """Work in a pipeline with a store at another root, and a `dvc` that always ends with this status."""
     (root / "bin").mkdir()
     (root / "bin/dvc").write_text(f"#!/bin/sh\nexit {status}\n")
     (root / "bin/dvc").chmod(0o755)
@@ -78,7 +78,7 @@ def names_of_missing() -> list[str]:
 
 @dataclass(frozen=True)
 class Story:
-    """What a first and a second `make backfill` leave behind."""
+    """What two backfills in a row add."""
 
     store: Repository
     missing: list[list[str]]
@@ -144,7 +144,7 @@ def test_the_run_has_the_test_metrics_and_the_parameter_count(story: Story) -> N
     assert found == flatten(TESTED)
 
 
-def test_the_run_has_every_output_and_where_it_comes_from(story: Story, pipeline: Path) -> None:
+def test_the_run_has_every_output_and_its_provenance(story: Story, pipeline: Path) -> None:
     assert files_in(artifacts(story.run)) == OUTPUTS | {f"provenance/{stage}.json" for stage in STAGES}
     for output in OUTPUTS:
         assert (artifacts(story.run) / output).read_bytes() == (pipeline / output).read_bytes()
@@ -171,7 +171,7 @@ def store(pipeline: Path, tmp_path: Path) -> Iterator[Repository]:
     [({}, {}, 1), ({}, {"DVC_EXP_NAME": "trial"}, 2), ({"model_sha256": "0" * 64}, {}, 2)],
     ids=["a part of this training", "of another experiment", "of another model"],
 )
-def test_a_run_that_holds_a_part_of_the_training_is_completed(
+def test_a_run_with_a_part_of_the_training_is_completed(
     store: Repository, tags: dict[str, str], environment: dict[str, str], count: int
 ) -> None:
     with mock.patch.dict(os.environ, environment):
@@ -189,7 +189,7 @@ def test_a_run_that_holds_a_part_of_the_training_is_completed(
     assert store.steps(newest) == [1, 2]
 
 
-def test_a_stage_alone_is_added_to_the_run_that_is_there(store: Repository) -> None:
+def test_a_single_stage_is_added_to_the_existing_run(store: Repository) -> None:
     add_stages(Store(), missing_stages(Store(), "evaluate"))
     assert names_of_missing() == ["report"]
     backfill_run()
@@ -219,11 +219,19 @@ def test_an_experiment_gets_a_run_of_its_own(store: Repository, monkeypatch: pyt
     assert trial.data.metrics == first.data.metrics
 
 
-def test_a_database_of_our_own_is_left_newer_than_before(store: Repository) -> None:
+def test_our_own_database_is_newer_afterwards(store: Repository) -> None:
     for _ in range(2):
         os.utime(store.root / "mlflow.db", (0, 0))
         backfill_run()
         assert (store.root / "mlflow.db").stat().st_mtime > 0
+
+
+def test_a_database_that_the_user_named_is_not_touched(store: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copy(store.root / "mlflow.db", store.root / "named.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.root / 'named.db'}")
+    os.utime(store.root / "mlflow.db", (0, 0))
+    backfill_run()
+    assert (store.root / "mlflow.db").stat().st_mtime == 0
 
 
 def test_outputs_of_other_params_or_code_are_not_added(pipeline: Path, tmp_path: Path) -> None:
@@ -233,9 +241,7 @@ def test_outputs_of_other_params_or_code_are_not_added(pipeline: Path, tmp_path:
         assert Repository(tmp_path).runs() == []
 
 
-def test_an_output_that_is_absent_is_no_fault_of_the_store(
-    store: Repository, pipeline: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_absent_output_is_a_user_error(store: Repository, pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(pipeline, store.root / "part")
     monkeypatch.chdir(store.root / "part")
     METRICS.unlink()

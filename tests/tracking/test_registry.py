@@ -1,4 +1,4 @@
-"""The registered model: a version for a model, one champion whatever comes between, and a record of each move."""
+"""The registered model: one version for each model, always one champion, and a record of each move."""
 
 import json
 import threading
@@ -28,7 +28,7 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
 
 
 def trained(registry: Registry, model: Path, *models: LoggedModelStatus, accuracy: float | None = 0.5) -> str:
-    """Make the run of a model's file, with models that were logged with these outcomes, and return its id."""
+    """Create the run of a model file, with a logged model for each of these statuses, and return its id."""
     client = registry.client
     run = client.create_run(registry.store.experiment_id, tags={MODEL_TAG: sha256(model)}).info.run_id
     if accuracy is not None:
@@ -42,7 +42,7 @@ def trained(registry: Registry, model: Path, *models: LoggedModelStatus, accurac
 
 
 def version(registry: Registry, name: str) -> ModelVersion:
-    """Register a model of which there is nothing but its file's digest."""
+    """Register a made-up model."""
     Path(name).write_text(name)
     trained(registry, Path(name), READY)
     return registry.register(Path(name))
@@ -54,7 +54,7 @@ def aliases(registry: Registry) -> dict[str, int]:
 
 
 def records(registry: Registry, number: int) -> list[dict[str, object]]:
-    """Return what became of a version, in the order in which the interface lists it."""
+    """Return the records of a version, in the order of MLflow's pages."""
     tags = registry.client.get_model_version("mnist", str(number)).tags
     return [json.loads(value) for _, value in sorted(tags.items())]
 
@@ -77,7 +77,7 @@ def test_a_model_that_was_trained_twice_is_one_version(registry: Registry) -> No
     assert registry.register(Path("model")) == first
 
 
-def test_the_newest_model_that_is_whole_is_registered(registry: Registry) -> None:
+def test_the_newest_complete_model_is_registered(registry: Registry) -> None:
     Path("model").write_text("model")
     run = trained(registry, Path("model"), READY, READY, FAILED)
     models = registry.client.search_logged_models([registry.store.experiment_id], f"source_run_id = '{run}'")
@@ -87,7 +87,7 @@ def test_the_newest_model_that_is_whole_is_registered(registry: Registry) -> Non
 
 
 @pytest.mark.parametrize("accuracy", [None, 0.5])
-def test_a_run_that_is_not_whole_is_no_version(registry: Registry, accuracy: float | None) -> None:
+def test_an_incomplete_run_becomes_no_version(registry: Registry, accuracy: float | None) -> None:
     Path("model").write_text("model")
     trained(registry, Path("model"), FAILED, accuracy=accuracy)
     with pytest.raises(UserError, match="`make backfill`"):
@@ -95,7 +95,7 @@ def test_a_run_that_is_not_whole_is_no_version(registry: Registry, accuracy: flo
     assert registry.client.search_registered_models() == []
 
 
-def test_a_model_without_a_run_is_no_version(registry: Registry) -> None:
+def test_a_model_without_a_run_becomes_no_version(registry: Registry) -> None:
     Path("model").write_text("model")
     with pytest.raises(UserError, match=r"no run of model .*`make backfill` adds it"):
         registry.register(Path("model"))
@@ -119,14 +119,14 @@ def test_the_former_champion_may_come_back(registry: Registry) -> None:
     assert aliases(registry) == {CHAMPION: 1, PREVIOUS: 2}
 
 
-def test_a_challenger_leaves_the_champion(registry: Registry) -> None:
+def test_a_challenger_does_not_replace_the_champion(registry: Registry) -> None:
     first, second = version(registry, "first"), version(registry, "second")
     registry.promote(first, None, MOVE)
     registry.challenge(second, MOVE)
     assert aliases(registry) == {CHAMPION: 1, CHALLENGER: 2}
 
 
-def test_a_promotion_leaves_anothers_challenger(registry: Registry) -> None:
+def test_a_promotion_keeps_another_versions_challenger_alias(registry: Registry) -> None:
     first, second = version(registry, "first"), version(registry, "second")
     registry.challenge(second, MOVE)
     registry.promote(first, None, MOVE)
@@ -141,7 +141,7 @@ def test_a_rollback_undoes_a_promotion_once(registry: Registry) -> None:
     assert aliases(registry) == {CHAMPION: 1}
 
 
-def test_a_rollback_after_a_move_that_died_only_tidies_up(registry: Registry) -> None:
+def test_a_rollback_after_an_unfinished_move_only_removes_an_alias(registry: Registry) -> None:
     first = version(registry, "first")
     registry.promote(first, None, MOVE)
     registry.client.set_registered_model_alias("mnist", PREVIOUS, "1")
@@ -151,7 +151,7 @@ def test_a_rollback_after_a_move_that_died_only_tidies_up(registry: Registry) ->
     assert records(registry, 1) == before
 
 
-def test_a_promotion_judged_by_a_former_champion_moves_nothing(registry: Registry) -> None:
+def test_a_promotion_judged_against_a_former_champion_moves_nothing(registry: Registry) -> None:
     first, second, third = (version(registry, name) for name in ("first", "second", "third"))
     registry.promote(first, None, MOVE)
     registry.promote(second, first, MOVE)
@@ -162,7 +162,7 @@ def test_a_promotion_judged_by_a_former_champion_moves_nothing(registry: Registr
     assert records(registry, 3) == []
 
 
-def test_a_promotion_that_another_overtakes_says_so(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_promotion_reports_that_another_overtook_it(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = version(registry, "first"), version(registry, "second")
     move = MlflowClient.set_registered_model_alias
 
@@ -193,7 +193,7 @@ def test_there_is_one_champion_at_every_moment(registry: Registry, monkeypatch: 
     assert len(seen) > 10
 
 
-def test_each_move_is_recorded_on_the_versions_that_it_concerns(registry: Registry) -> None:
+def test_each_move_is_recorded_on_its_versions(registry: Registry) -> None:
     first, second = version(registry, "first"), version(registry, "second")
     registry.challenge(first, MOVE | {"gate": "passed"})
     registry.promote(first, None, MOVE)
@@ -212,7 +212,7 @@ def test_each_move_is_recorded_on_the_versions_that_it_concerns(registry: Regist
     ]
 
 
-def test_one_promotion_at_a_time_is_under_way(registry: Registry) -> None:
+def test_only_one_promotion_runs_at_a_time(registry: Registry) -> None:
     entered = threading.Event()
 
     def enter() -> None:

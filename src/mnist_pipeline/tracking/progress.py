@@ -1,4 +1,4 @@
-"""A training on the console: a bar for each epoch on a terminal, a line for each epoch elsewhere."""
+"""A training on the console: a bar for each epoch on a terminal, otherwise a line for each epoch."""
 
 import math
 import sys
@@ -12,7 +12,7 @@ from mnist_pipeline.common.scores import EpochResult
 
 
 class TrainingLog:
-    """Print a training's progress as the specification shows it."""
+    """Print a training's progress in the specification's format."""
 
     def __init__(self, params: TrainParams, images: int, monitor_name: str, epoch: int) -> None:
         self.epochs = params.epochs
@@ -23,18 +23,18 @@ class TrainingLog:
         self.bar: tqdm[Any] = tqdm(disable=True)
 
     def on_batch(self, number: int, loss: Tensor) -> None:
-        """Show a batch's number and mean loss on the epoch's bar, if there is a terminal to draw it on."""
+        """Show a batch's number and mean loss on the epoch's bar; without a terminal do nothing."""
         if not self.terminal:
             return
         if number == 0:
             print(f"Epoch: {self.epoch}", flush=True)
             self.bar = tqdm(total=self.batches)
-        if number % 10 == 0 or number == self.batches - 1:  # to read a loss is to wait for a GPU
+        if number % 10 == 0 or number == self.batches - 1:  # reading a loss waits for the GPU
             self.bar.set_description(f"loss={loss.item():.6f} batch_id={number}", refresh=False)
         self.bar.update()
 
     def on_epoch(self, result: EpochResult) -> None:
-        """Close the bar and print the epoch's scores, and the learning rate where it changes."""
+        """Close the bar and print the epoch's scores, and the learning rate when it changes."""
         self.bar.close()
         if not self.terminal:
             print(f"Epoch: {result.epoch}/{self.epochs}  Training: Average loss: {result.training.loss:.4f}", end="  ")

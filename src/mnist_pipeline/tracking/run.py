@@ -27,6 +27,7 @@ NOTE_TAG = "mlflow.note.content"  # MLflow's pages show it as the run's descript
 DATASET_DIGEST_LENGTH = 36  # characters, MLflow's limit
 
 _Values = Mapping[str, Any] | None
+_Datasets = Mapping[str, Digits]  # by what a stage used them for
 
 
 class TrackedRun:
@@ -46,7 +47,7 @@ class TrackedRun:
             [RunTag(name, str(value)) for name, value in (tags or {}).items()],
         )
 
-    def log_start(self, provenance: Provenance, datasets: Mapping[str, Digits], model: nn.Module) -> None:
+    def log_start(self, provenance: Provenance, datasets: _Datasets, model: nn.Module) -> None:
         """Log what is known when a training starts; a second call changes nothing."""
         known = self.client.get_run(self.id).data.metrics
         self.log({} if "parameters" in known else {"parameters": count_parameters(model)}, provenance.params)
@@ -65,8 +66,8 @@ class TrackedRun:
             if int(row["epoch"]) not in known:
                 self.log_epoch(row)
 
-    def log_datasets(self, datasets: Mapping[str, Digits]) -> None:
-        """Log the digests of the images that a stage used, each with the use as its key."""
+    def log_datasets(self, datasets: _Datasets) -> None:
+        """Log the digests of the images that a stage used."""
         inputs = []
         for use, digits in datasets.items():
             digest = digits.sha256()
@@ -101,9 +102,7 @@ class TrackedRun:
         )
         self.log(tags={MODEL_TAG: sha256(path)})
 
-    def add_stage(
-        self, provenance: Provenance, datasets: Mapping[str, Digits] | None = None, backfilled: bool = False
-    ) -> None:
+    def add_stage(self, provenance: Provenance, datasets: _Datasets | None = None, backfilled: bool = False) -> None:
         """Add what a later stage read and wrote, and last its tags: they mark it as complete.
 
         MLflow does not change a param. If a rerun has another value than the run, that value becomes a tag.

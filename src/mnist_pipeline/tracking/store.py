@@ -94,11 +94,13 @@ class Store:
 
     def begin_run(self, provenance: Provenance, tags: Mapping[str, str]) -> TrackedRun:
         """Begin the run of a training."""
-        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256}
-        known |= {name: value for name, value in self._origin.items() if value}
-        all_tags = resolve_tags({**known, **provenance.tags(), **tags})
-        name = self.dvc_experiment or run_title()
-        created = self.client.create_run(self.experiment_id, tags=all_tags, run_name=name)
+        origin = {name: value for name, value in self._origin.items() if value}
+        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256, **origin, **provenance.tags(), **tags}
+        return self.create_run(self.dvc_experiment or run_title(), known)
+
+    def create_run(self, name: str, tags: Mapping[str, str]) -> TrackedRun:
+        """Create a run with these tags and those that MLflow adds."""
+        created = self.client.create_run(self.experiment_id, tags=resolve_tags(dict(tags)), run_name=name)
         return TrackedRun(self.client, created.info.run_id)
 
     def add_to_run_of(self, model: Path, provenance: Provenance, datasets: Mapping[str, Digits] | None = None) -> None:
@@ -222,6 +224,5 @@ def prepare_database(database: Path) -> None:
 
 
 def _remove_database(database: Path) -> None:
-    """Remove a database and its journal."""
-    for file in database.parent.glob(f"{database.name}*"):
+    for file in database.parent.glob(f"{database.name}*"):  # its journal too
         file.unlink()

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 from torch import Tensor, nn
 
@@ -98,11 +97,8 @@ def study_run(name: str) -> Iterator[str | None]:
     run, status = None, "FINISHED"
     with continue_untracked(name):
         store = Store()
-        if found := store.search_runs(f"attributes.run_name = '{name}' and attributes.status != 'FINISHED'"):
-            run = store.reopen_run(found[0].info.run_id)
-        else:
-            created = store.client.create_run(store.experiment_id, run_name=name, tags=resolve_tags({"stage": "study"}))
-            run = TrackedRun(store.client, created.info.run_id)
+        found = store.search_runs(f"attributes.run_name = '{name}' and attributes.status != 'FINISHED'")
+        run = store.reopen_run(found[0].info.run_id) if found else store.create_run(name, {"stage": "study"})
     try:
         yield run.id if run else None
     except BaseException as error:
