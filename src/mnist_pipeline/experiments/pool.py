@@ -9,7 +9,7 @@ from typing import Self, TypeVar
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.experiments.trial import EpochScore, RunTrial, StudyRow, Trial, run_trial
-from mnist_pipeline.tracking.training_run import close_lost_runs, study_run
+from mnist_pipeline.tracking.training_run import close_lost_runs, parent_run
 
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
@@ -76,7 +76,7 @@ def open_pool(name: str, ray_address: str | None) -> Generator[TrialPool]:
         from mnist_pipeline.experiments.cluster import connect_cluster
 
         machines = connect_cluster(ray_address)
-    with machines as (size, run), study_run(name) as parent:
+    with machines as (size, run), parent_run(name) as parent:
         with TrialPool(size, run, parent) as pool:
             yield pool
         close_lost_runs(parent)

@@ -92,7 +92,7 @@ def training_run(
 
 
 @contextmanager
-def study_run(name: str) -> Iterator[str | None]:
+def parent_run(name: str) -> Iterator[str | None]:
     """Give the id of the run that the trainings of a study belong to: the interrupted one, or a new one."""
     run, status = None, "FINISHED"
     with continue_untracked(name):
