@@ -1,4 +1,4 @@
-# The project's vocabulary, the same for people, hooks and CI. Every target sets up what it needs.
+# The project's commands, the same for people, hooks and CI. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pull repro backfill reproduce test test-all check lock ui bench diff readme
@@ -26,9 +26,9 @@ setup: .venv/installed ## make .venv and install what the lock file names
 	pip install --quiet --no-index --no-deps --no-build-isolation --editable .
 	@rm .venv/lock; touch $@
 
-pull: setup ## bring data, model and earlier runs from DVC's remote, where there is one
+pull: setup ## fetch data, model and earlier runs from DVC's remote, if there is one
 	@[ -z "$$(dvc config core.remote 2>/dev/null)" ] || dvc pull --run-cache --allow-missing || \
-		echo "warning: the remote did not give all: what is missing is made again" >&2
+		echo "warning: the remote lacks some files: make repro makes them again" >&2
 
 repro: setup ## run the pipeline: only the stages whose inputs changed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --quiet --local core.no_scm true
@@ -36,25 +36,25 @@ repro: setup ## run the pipeline: only the stages whose inputs changed
 	@[ -z "$$MLFLOW_TRACKING_URI" ] && [ mlflow.db -nt dvc.lock ] || mnist backfill
 
 backfill: export MNIST_TRACKING = required
-backfill: setup ## give MLflow the run of outputs that DVC restored, or that it missed
+backfill: setup ## log to MLflow a run that it missed, or whose outputs DVC restored
 	mnist backfill
 
-test: setup ## run the tests: a real story for each promise, on 500 digits
+test: setup ## run the quick tests, on 500 digits
 	pytest -m "not thorough"
 
-test-all: setup ## run all tests, also what needs a Ray cluster, PostgreSQL, mounts, network namespaces or minutes
+test-all: setup ## run all tests, also those that need a Ray cluster, PostgreSQL, mounts, network namespaces or minutes
 	pytest
 
-check: setup ## lint, format, types, workflows, and the lock file in step with pyproject.toml
+check: setup ## check lint, format, types, imports, workflows, and that the lock file matches pyproject.toml
 	ruff format --check
 	ruff check
 	mypy
 	lint-imports --no-cache
 	zizmor --offline --quiet --strict-collection .github
 	@cp requirements.lock .venv/requirements.lock && $(COMPILE) .venv/requirements.lock
-	@cmp requirements.lock .venv/requirements.lock || { echo "error: requirements.lock is not in step with pyproject.toml: make lock" >&2; exit 1; }
+	@cmp requirements.lock .venv/requirements.lock || { echo "error: requirements.lock does not match pyproject.toml: make lock" >&2; exit 1; }
 
-lock: setup ## renew the lock file
+lock: setup ## update the lock file to the newest releases
 	$(COMPILE) requirements.lock --upgrade
 
 ui: setup ## browse the runs in MLflow
@@ -70,5 +70,5 @@ diff: setup repro ## train for five epochs and compare with the last commit: rep
 	dvc exp run --temp --force --name five-epochs --set-param train.epochs=5
 	{ dvc params diff --md HEAD five-epochs; dvc metrics diff --md --precision 4 HEAD five-epochs; } > reports/diff.md
 
-readme: setup ## carry the figures of the last runs into README.md and docs/
+readme: setup ## update the figures in README.md and docs/ from the last runs
 	python -m benchmarks.pages

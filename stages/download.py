@@ -1,4 +1,4 @@
-"""Bring MNIST's four files to data/raw, verified, and say what is in them."""
+"""Download MNIST's four files to data/raw, verify them, and print how many images they hold."""
 
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.paths import DIGESTS, RAW
@@ -10,7 +10,7 @@ def main() -> None:
     download(RAW, read_digests(DIGESTS))
     for part in ("train", "test"):
         digits = load_digits(RAW, part)
-        print(f"{part}: {len(digits):,} images; of each class from 0 to 9: {digits.per_class()}")
+        print(f"{part}: {len(digits):,} images, by class from 0 to 9: {digits.per_class()}")
 
 
 if __name__ == "__main__":

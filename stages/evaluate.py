@@ -17,12 +17,12 @@ def main() -> None:
     provenance = trace("evaluate")
     device = set_up_torch(params.threads)
     digits = load_digits(RAW, "test")
-    found = evaluate(load_model(MODEL), digits, params.evaluate.batch_size, device)
-    write_csv(PREDICTIONS, found.predictions)
-    write_csv(CALIBRATION, found.calibration)
-    write_csv(ROBUSTNESS, found.robustness)
-    write_json(METRICS, found.metrics | {"model_bytes": MODEL.stat().st_size})
-    print("Test set: Accuracy: {test_correct}/{test_total} ({test_accuracy:.2%})".format_map(found.metrics))
+    evaluation = evaluate(load_model(MODEL), digits, params.evaluate.batch_size, device)
+    write_csv(PREDICTIONS, evaluation.predictions)
+    write_csv(CALIBRATION, evaluation.calibration)
+    write_csv(ROBUSTNESS, evaluation.robustness)
+    write_json(METRICS, evaluation.metrics | {"model_bytes": MODEL.stat().st_size})
+    print("Test set: Accuracy: {test_correct}/{test_total} ({test_accuracy:.2%})".format_map(evaluation.metrics))
     with continue_untracked("what evaluate found"):
         Store().add_to_run_of(MODEL, provenance, {"test": digits})
 

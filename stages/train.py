@@ -37,4 +37,4 @@ def main(params: Params, train: TrainingLoop = train) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: launch(main, load_params(), identify_training))  # in one process, unless the params ask for more
+    run(lambda: launch(main, load_params(), identify_training))  # in `train.processes` processes

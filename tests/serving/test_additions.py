@@ -343,7 +343,7 @@ def test_a_clone_does_not_train_without_the_addition_and_can_pull_it(shared: Sto
 def test_a_test_image_that_was_added_by_hand_ends_the_training_in_one_line(shared: Story) -> None:
     assert shared.steps["leak"].returncode != 0
     assert re.findall("(?m)^error: .*$", shared.said("leak")) == [
-        "error: no image may train twice, and no test image at all: take out "
+        "error: added images must be new, not copies of MNIST's or of each other: take out "
         "data/added/leak: image 0 (a copy of MNIST's test image 5)"
     ]
     assert "Traceback" not in shared.said("leak")

@@ -1,4 +1,4 @@
-"""What a user can get wrong, and how a program then ends."""
+"""The error for a user's mistake, and how a program ends after one."""
 
 import signal
 import sys
@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its message says in one line what is wrong and what would be right."""
+    """A mistake that the user can fix. Its message says in one line what is wrong and what would be right."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a program's `main`. A user's mistake ends it with one line and exit code 1, without a traceback.
+    """Run a program's `main`. A UserError or OSError ends it with one line and exit code 1, without a traceback.
 
-    So does what the machine refuses, such as a full disk or a missing permission. SIGTERM interrupts like Ctrl-C.
+    SIGTERM interrupts it like Ctrl-C.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

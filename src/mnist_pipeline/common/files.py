@@ -15,7 +15,7 @@ from mnist_pipeline.common.errors import UserError
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one step: a reader sees the old content or the new one, never a part.
 
-    The bytes reach the disk before the name does, so this holds through a power cut.
+    The bytes reach the disk before the new name does, so this holds even if the power fails.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # name the file that was asked for
+        raise OSError(error.errno, error.strerror, str(path)) from None  # name the file, not the temporary one
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write rows that have the same keys as CSV under a header of those keys, whole or not at all."""
+    """Write rows with equal keys as CSV; the keys are the header. The file is written whole or not at all."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -57,7 +57,7 @@ def read_text(path: Path) -> str:
     """Read a stage's output.
 
     Raises:
-        UserError: it is absent or no UTF-8 text.
+        UserError: it is absent or is not UTF-8 text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -82,7 +82,7 @@ def sha256(path: Path) -> str:
 
 
 def sha256_of_directory(directory: Path) -> str:
-    """Return the SHA-256 of what `sha256sum` prints for all files below a directory, Python's bytecode aside."""
+    """Return the SHA-256 of the lines that `sha256sum` prints for a directory's files, without Python's bytecode."""
     files = [path for path in sorted(directory.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
     lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -42,7 +42,7 @@ _Section = TypeVar("_Section", bound=Section)
 
 
 class Normalization(Section):
-    """What is taken from each pixel (0 to 1), and what the rest is divided by."""
+    """The mean and the standard deviation that normalise pixels (0 to 1): (pixel - mean) / std."""
 
     mean: Probability
     std: Positive
@@ -73,7 +73,7 @@ class ModelParams(Section):
 
 
 class SchedulerParams(Section):
-    """How the learning rate moves: down in steps, or in one cycle up to its value and down to nothing."""
+    """How the learning rate changes: it falls in steps, or it rises to its value and falls to 0 in one cycle."""
 
     kind: Literal["step", "one_cycle"]
     step_size: Count
@@ -82,7 +82,7 @@ class SchedulerParams(Section):
 
 
 class AugmentationParams(Section):
-    """How far a training image is moved at most, in either direction."""
+    """How far augmentation moves a training image at most, in either direction."""
 
     rotation: Annotated[float, Field(ge=0, le=180)]
     shift: Annotated[float, Field(ge=0, le=28)]
@@ -92,7 +92,7 @@ class AugmentationParams(Section):
 
 
 class TrainParams(Section):
-    """What one training does."""
+    """How the network is trained."""
 
     processes: Annotated[int, Field(ge=1, le=1024)]
     epochs: Count
@@ -108,7 +108,7 @@ class TrainParams(Section):
 
 
 class EvaluateParams(Section):
-    """How the test images pass through the network."""
+    """How the network is tested."""
 
     batch_size: Count
 
@@ -120,7 +120,7 @@ class ReportParams(Section):
 
 
 class Params(Section):
-    """The params that make the pipeline's numbers: all of `params.yaml` except `gate`, which promotion reads."""
+    """The params of the pipeline's stages: all of `params.yaml` except `gate`, which promotion reads."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     threads: Annotated[int, Field(ge=1, le=256)]
@@ -135,20 +135,20 @@ def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
     """Load and validate the params; `overlay` overrides some of them.
 
     Raises:
-        UserError: a file is absent, no YAML, or has a key or a value that does not belong there.
+        UserError: a file is absent, is not YAML, or has an unknown key or a wrong value.
     """
     sections = read_sections(path)
     if overlay:
         sections = merge(sections, read_sections(overlay))
-    makers = {name: section for name, section in sections.items() if name != "gate"}
-    return parse_section(Params, makers, f"{overlay or path}: ")
+    sections.pop("gate", None)
+    return parse_section(Params, sections, f"{overlay or path}: ")
 
 
 def parse_section(section: type[_Section], content: Mapping[str, Any], where: str) -> _Section:
     """Validate the content of a section; `where` begins the message of an error.
 
     Raises:
-        UserError: a key or a value does not belong there.
+        UserError: a key is unknown or a value is wrong.
     """
     try:
         return section.model_validate(content)
@@ -157,7 +157,7 @@ def parse_section(section: type[_Section], content: Mapping[str, Any], where: st
 
 
 def merge(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested values, overridden by others."""
+    """Merge nested values; `others` override `values`."""
     both = {key: (values[key], other) for key, other in others.items() if key in values}
     nested = {
         key: merge(value, other)
@@ -171,7 +171,7 @@ def read_sections(path: Path) -> dict[str, Any]:
     """Read a YAML file of nested sections.
 
     Raises:
-        UserError: it is absent, no YAML, or holds something else.
+        UserError: it is absent, is not YAML, or holds something else.
     """
     try:
         content = load_yaml(path.read_text(encoding="utf-8"))
@@ -223,7 +223,7 @@ def _known_keys(section: type[BaseModel], location: tuple[int | str, ...]) -> li
 
 
 def describe_value(value: object) -> str:
-    """Name a value as its writer would; for a text that looks like a number, say how to write the number."""
+    """Describe a value as YAML writes it; if a text looks like a number, say how to write the number."""
     match value:
         case None:
             return "empty"

@@ -10,7 +10,7 @@ REQUIREMENTS = Path("requirements.lock")
 
 RAW = Path("data/raw")
 DIGESTS = Path("data/SHA256SUMS")
-ADDED = Path("data/added")  # digits to train on besides MNIST's; DVC tracks a directory for each addition
+ADDED = Path("data/added")  # digits to train on in addition to MNIST; DVC tracks a directory for each addition
 
 CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings; outside all outputs, which DVC deletes
 
@@ -26,7 +26,7 @@ REPORT = REPORTS / "report.md"
 PAGE = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 
-# Not written by a stage, but by `mnist study`, `make diff` and `make bench`.
+# `mnist study`, `make diff` and `make bench` write these; no stage does.
 STUDIES = REPORTS / "studies"
 DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"

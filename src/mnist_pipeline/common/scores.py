@@ -1,4 +1,4 @@
-"""What a training measures: the score of some images, and what one epoch gave."""
+"""What a training measures: the score on some images, and the results of an epoch."""
 
 from dataclasses import dataclass
 
@@ -19,9 +19,9 @@ class Score:
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch gave.
+    """The results of one epoch.
 
-    `training` scores each batch as the network met it, in training mode; `monitor` scores the network after the epoch.
+    `training` scores each batch just before the network learns from it; `monitor` scores the network after the epoch.
     """
 
     epoch: int

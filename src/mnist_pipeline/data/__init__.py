@@ -1,1 +1,1 @@
-"""The digits: MNIST downloaded and read, and the images that a training sees."""
+"""The digits: download MNIST, read it, and choose the images to train on."""

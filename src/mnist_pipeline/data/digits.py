@@ -56,16 +56,13 @@ def _read_idx(path: Path) -> Tensor:
     """Read an IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE").
 
     The header holds two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and the size of each as
-    four big-endian bytes. The values follow, the last dimension fastest.
-
-    Raises:
-        UserError: the file is absent, has another header, or more or fewer bytes than its header announces.
+    four big-endian bytes. The values follow; the last dimension varies fastest.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): `dvc repro download` makes MNIST's, `dvc pull` brings others"
+            f"{path} cannot be read ({error.strerror}): `dvc repro download` fetches MNIST, `dvc pull` added digits"
         ) from None
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise UserError(
@@ -82,18 +79,18 @@ def read_part(directory: Path, part: str) -> Digits:
     """Read the `train` or the `test` part of a directory of IDX files.
 
     Raises:
-        UserError: a file is damaged, or images and labels do not fit: one label of 0 to 9 for each 28×28 image.
+        UserError: a file is absent or damaged, or the files do not hold one label of 0 to 9 for each 28×28 image.
     """
     images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
     labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
     digits = Digits(_read_idx(images), _read_idx(labels).long())
     if digits.pixels.shape[1:] != (SIDE, SIDE):
         raise UserError(
-            f"{images} must hold images of {SIDE}×{SIDE} pixels, and is of shape {tuple(digits.pixels.shape)}"
+            f"{images} must hold images of {SIDE}×{SIDE} pixels, and has shape {tuple(digits.pixels.shape)}"
         )
     if digits.labels.shape != digits.pixels.shape[:1]:
         raise UserError(
-            f"{images} holds {len(digits.pixels):,} images, {labels} is of shape {tuple(digits.labels.shape)}"
+            f"{images} holds {len(digits.pixels):,} images, {labels} has shape {tuple(digits.labels.shape)}"
         )
     if (largest := int(digits.labels.max())) >= CLASSES:
         raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, and holds {largest}")
@@ -109,5 +106,5 @@ def load_digits(directory: Path, part: str) -> Digits:
     digits = read_part(directory, part)
     if 0 in (counts := digits.per_class()):
         labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
-        raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, some of each: it lacks {counts.index(0)}")
+        raise UserError(f"{labels} must hold every label from 0 to {CLASSES - 1}, and lacks {counts.index(0)}")
     return digits

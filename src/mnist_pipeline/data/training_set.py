@@ -1,4 +1,4 @@
-"""The images that train a network, and those that monitor its training: MNIST, added digits, a validation split."""
+"""The images that train a network and those that monitor its training: MNIST, added digits, a validation split."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ def read_additions(directory: Path) -> tuple[Digits, list[str]]:
     """Read all additions in a directory, in the order of their names; return the digits and a name for each image.
 
     Raises:
-        UserError: `read_part` refuses an addition, or DVC tracks one that is not there.
+        UserError: `read_part` refuses an addition, or DVC tracks one that has not been pulled.
     """
     paths = sorted({path.with_suffix("") for path in directory.glob("[!.]*")})  # an addition, its .dvc file, or both
     parts = [read_part(path, "train") for path in paths]
@@ -23,7 +23,7 @@ def read_additions(directory: Path) -> tuple[Digits, list[str]]:
 
 
 def check_additions(added: Digits, names: Sequence[str], raw: Path, params: DataParams) -> None:
-    """Check the digits that train the network besides MNIST's, which lie in `raw`. `names` has one for each digit.
+    """Check added digits against MNIST, which lies in `raw`, and against each other; `names` has a name for each.
 
     Raises:
         UserError: a digit is a copy of an image of MNIST or of another addition, or is not white on black; or a class
@@ -41,7 +41,9 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
             copies.append(f"{name} (a copy of {seen[key]})")
         seen.setdefault(key, name)
     if copies:
-        raise UserError(f"no image may train twice, and no test image at all: take out {_first_few(copies)}")
+        raise UserError(
+            f"added images must be new, not copies of MNIST's or of each other: take out {_first_few(copies)}"
+        )
     bright = (added.pixels > 127).sum(dim=(1, 2)).tolist()
     if wrong := [name for name, count in zip(names, bright, strict=True) if not 0 < count < SIDE * SIDE / 2]:
         raise UserError(f"a digit must be white on black, as MNIST's are: take out or invert {_first_few(wrong)}")
@@ -49,7 +51,7 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
     most, least = counts.index(max(counts)), counts.index(min(counts))
     if counts[most] > params.max_class_ratio * counts[least]:
         raise UserError(
-            f"with those added there are {counts[most]:,} training images of {most} and {counts[least]:,} of {least}: "
+            f"with added digits there are {counts[most]:,} training images of {most} and {counts[least]:,} of {least}: "
             f"data.max_class_ratio allows {params.max_class_ratio:g} times as many"
         )
 
@@ -61,13 +63,13 @@ def _first_few(names: Sequence[str]) -> str:
 def duplicate_keys(digits: Digits) -> list[bytes]:
     """Return a key for each image that near-duplicates share: its pixels in four grey levels.
 
-    Rounding seldom alters the key, and no two of MNIST's 70,000 images share one.
+    Rounding the pixels seldom changes the key, and no two of MNIST's 70,000 images share one.
     """
     return [image.tobytes() for image in (digits.pixels >> 6).numpy()]
 
 
 def load_additions(directory: Path, raw: Path, params: DataParams) -> Digits:
-    """Read the digits that are added to MNIST's, and check them against those in `raw`.
+    """Read the digits that are added to MNIST, and check them; MNIST lies in `raw`.
 
     Raises:
         UserError: `read_additions` or `check_additions` refuses them.
@@ -97,8 +99,8 @@ def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digi
 def load_training_data(raw: Path, additions: Path, params: DataParams, seed: int) -> dict[str, Digits]:
     """Return the images to `train` on and those that `monitor` the training.
 
-    The monitor is a validation split or, if its size is 0, the test images. Added digits only train: the split holds
-    the same images of MNIST with additions as without.
+    The monitor is a validation split or, if its size is 0, the test images. Added digits are for training only, so they
+    do not change the split.
     """
     training, added = load_digits(raw, "train"), load_additions(additions, raw, params)
     if params.validation_size == 0:

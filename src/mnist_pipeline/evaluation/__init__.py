@@ -1,1 +1,1 @@
-"""What a trained network gets right and wrong on the test images, as they are and corrupted."""
+"""How well a trained network reads the test images, plain and corrupted."""

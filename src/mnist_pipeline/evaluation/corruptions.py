@@ -1,8 +1,8 @@
-"""Sixteen corruptions: each makes images harder to read in its own way, and a person still reads nearly all of them.
+"""Sixteen ways to make images harder to read; people still read nearly all of them.
 
 They follow MNIST-C (Mu and Gilmer, arXiv:1906.02337). Each function takes images (N, 28, 28) of 0..1, bright on dark,
-and a generator of random numbers; its default argument sets the strength. It draws the numbers image by image, so an
-image's corruption does not depend on the images that follow it.
+and a generator of random numbers; its default arguments set the strength. It draws the numbers image by image, so the
+images that follow an image do not change its corruption.
 """
 
 import math
@@ -25,14 +25,14 @@ _Y = _X.T
 
 @dataclass(frozen=True)
 class Corruption:
-    """A corruption; its family is `geometric` if it moves what is drawn, else `non-geometric`."""
+    """A corruption. Its family is `geometric` if it moves the strokes, else `non-geometric`."""
 
     name: str
     family: str
     function: Callable[[Tensor, Generator], Tensor]
 
     def apply(self, digits: Digits) -> Digits:
-        """Return corrupted digits with the same labels, the same at each call: the seed comes from the name."""
+        """Corrupt digits and keep their labels. The seed comes from the name, so every call gives the same images."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         batches = [self.function(pixels / 255, generator) for pixels in digits.pixels.split(BATCH_SIZE)]
         pixels = torch.cat([(255 * batch.clamp(0, 1)).round().to(torch.uint8) for batch in batches])
@@ -50,10 +50,7 @@ def _draw_signs(images: Tensor, generator: Generator, *shape: int) -> Tensor:
 
 
 def _resample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Take each pixel from the place (x, y) of its image, in pixels from the middle.
-
-    It interpolates between pixels bilinearly; outside the image all is black.
-    """
+    """Take each pixel from the place (x, y), in pixels from the middle: bilinear, and black outside the image."""
     places = torch.stack(torch.broadcast_tensors(x, y), dim=-1).expand(len(images), SIDE, SIDE, 2) * (2 / SIDE)
     return F.grid_sample(images.unsqueeze(1), places, align_corners=False).squeeze(1)
 
@@ -90,13 +87,13 @@ def shear(images: Tensor, generator: Generator, slope: float = 0.7) -> Tensor:
 
 
 def tilt(images: Tensor, generator: Generator, strength: float = 0.5) -> Tensor:
-    """Show each image in perspective: its left or its right side is farther away, so smaller."""
+    """Show each image in perspective: its left or right side is farther away and looks smaller."""
     nearness = (1 + strength * _draw_signs(images, generator) * _X / (SIDE / 2)) / (1 + strength)
     return _resample(images, _X / nearness, _Y / nearness)
 
 
 def deform(images: Tensor, generator: Generator, pixels: float = 1.5, sigma: float = 3) -> Tensor:
-    """Move each pixel at random, neighbours much alike (elastic deformation).
+    """Move each pixel at random, and neighbours nearly together (elastic deformation).
 
     `pixels` is the standard deviation of the moves along each axis, `sigma` how far neighbours share them. Source:
     Simard, Steinkraus and Platt, Best Practices for Convolutional Neural Networks (2003).
@@ -112,7 +109,7 @@ def add_gaussian_noise(images: Tensor, generator: Generator, deviation: float = 
 
 
 def add_impulse_noise(images: Tensor, generator: Generator, share: float = 0.06) -> Tensor:
-    """Make a share of the pixels black or white, half of it each."""
+    """Make a share of the pixels black or white, half and half."""
     drawn = _draw_uniform(images, generator, SIDE, SIDE)
     return images.masked_fill(drawn < share, 0).masked_fill(drawn < share / 2, 1)
 
@@ -142,7 +139,7 @@ def add_fog(images: Tensor, generator: Generator, density: float = 0.25) -> Tens
 
 
 def add_stripe(images: Tensor, generator: Generator, pixels: float = 2) -> Tensor:
-    """Invert a vertical stripe of each image, somewhere in its middle half."""
+    """Invert a vertical stripe somewhere in the middle half of each image."""
     middle = (_draw_uniform(images, generator, 1, 1) - 0.5) * SIDE / 2
     return torch.where((_X - middle).abs() < pixels / 2, 1 - images, images)
 

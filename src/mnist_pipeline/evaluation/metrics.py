@@ -24,7 +24,7 @@ SCORES = ("accuracy", "loss", "calibration_error")  # measured under each corrup
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The metrics; rows for images, bins of confidence and corruptions."""
+    """The metrics, and the rows of the tables of predictions, calibration and robustness."""
 
     metrics: dict[str, object]
     predictions: list[dict[str, object]]
@@ -71,7 +71,7 @@ def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequenc
 
 
 def calibration_bins(log_probabilities: Tensor, labels: Tensor) -> list[dict[str, float]]:
-    """Return a row for each bin of confidence that has images: their number, mean confidence and accuracy."""
+    """Return the number of images, mean confidence and accuracy of each bin of confidence that has images."""
     confidence, prediction = log_probabilities.double().exp().max(dim=1)
     bins = (confidence * BIN_COUNT).ceil().clamp(1, BIN_COUNT)
     return [
@@ -85,7 +85,7 @@ def calibration_bins(log_probabilities: Tensor, labels: Tensor) -> list[dict[str
 
 
 def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
-    """Return the expected calibration error: the mean over images of |accuracy - confidence| of their bin."""
+    """Return the expected calibration error: the mean over images of |accuracy - confidence| in the image's bin."""
     images = sum(row["images"] for row in bins)
     return sum(row["images"] * abs(row["accuracy"] - row["confidence"]) for row in bins) / images
 
@@ -93,10 +93,7 @@ def calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
 def _measure_robustness(
     model: nn.Module, digits: Digits, normalization: Normalization, batch_size: int, device: torch.device
 ) -> list[dict[str, Any]]:
-    """Return a row for each corruption: the scores of a network, which is on the device, on the corrupted digits.
-
-    Memory holds one corrupted copy of the digits at a time.
-    """
+    """Score the network on each corruption in turn, so that memory holds one corrupted copy at a time."""
     rows = []
     for corruption in tqdm(CORRUPTIONS, desc="Corrupting", unit="corruption", delay=2, leave=False, disable=None):
         images, labels = corruption.apply(digits).tensors(normalization, device)
@@ -109,7 +106,7 @@ def _measure_robustness(
 
 
 def family_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return the mean scores of each family of corruptions, whose rows follow one another."""
+    """Return the mean scores of each family of corruptions; the rows of a family must be adjacent."""
     families = {family: list(members) for family, members in groupby(rows, key=lambda row: row["family"])}
     return {
         family: {name: statistics.mean(row[name] for row in members) for name in SCORES}
@@ -118,7 +115,7 @@ def family_means(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
 
 
 def corrupted_accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean accuracy of each family of corruptions under its metric's name."""
+    """Return the mean accuracy of each family of corruptions by metric name."""
     return {
         f"test_corrupted_{family.replace('-', '_')}_accuracy": means["accuracy"]
         for family, means in family_means(rows).items()

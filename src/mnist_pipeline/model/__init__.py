@@ -1,1 +1,1 @@
-"""The network, the file that carries a trained one, and how it answers."""
+"""The network, its predictions, and the file of a trained one."""

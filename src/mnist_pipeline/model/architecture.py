@@ -14,8 +14,8 @@ from mnist_pipeline.model.inference import evaluation_mode
 class Layer:
     """One layer of the network.
 
-    Shapes are those of one image, without the batch. The receptive field is the side, in pixels, of the part of a
-    large enough image that one output value depends on.
+    Shapes leave out the batch. One output value depends on a square of the image; the receptive field is the side of
+    that square in pixels, as if the image had no border.
     """
 
     block: str
@@ -30,7 +30,7 @@ class Layer:
 
 
 def list_layers(model: nn.Module) -> list[Layer]:
-    """Pass an image through a network, a sequence of blocks of layers, and list its layers.
+    """List the layers of a network, which is a sequence of blocks, by passing an image through them.
 
     The receptive field r and the distance j between neighbouring outputs, in pixels, grow layer by layer:
     r += (kernel - 1) * j, then j *= stride (Araujo et al., 2019, doi:10.23915/distill.00021).
@@ -64,7 +64,7 @@ def list_layers(model: nn.Module) -> list[Layer]:
 
 
 def _window(module: nn.Module, attribute: str) -> int | None:
-    """Return a size of a square window, which PyTorch gives as one number or as two equal ones."""
+    """Return a size of a square window; PyTorch gives it as one number or as two equal ones."""
     size: int | tuple[int, ...] | None = getattr(module, attribute, None)
     return size[0] if isinstance(size, tuple) else size
 

@@ -1,4 +1,4 @@
-"""The network at work: log-probabilities for images, and how good they are."""
+"""Predict log-probabilities for images, and score them."""
 
 import os
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def predict(model: nn.Module, images: Tensor, batch_size: int) -> Tensor:
-    """Return the log-probabilities (N, 10) that the network gives images (N, 1, 28, 28), on their device."""
+    """Return the network's log-probabilities (N, 10) for images (N, 1, 28, 28), on their device."""
     batches = tqdm(images.split(batch_size), desc="Predicting", unit="batch", delay=2, leave=False, disable=None)
     with evaluation_mode(model):
         return torch.cat([model(batch) for batch in batches])

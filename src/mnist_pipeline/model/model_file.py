@@ -1,4 +1,4 @@
-"""The file that carries a trained network: weights without pickle, and all that is needed to build and feed it."""
+"""The file of a trained network: its weights (no pickle), its architecture and its normalisation."""
 
 import json
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ def load_model(path: Path) -> TrainedModel:
     """Build the network that a file of `save_model` describes, and load its weights.
 
     Raises:
-        UserError: the file is absent, damaged, or of another network.
+        UserError: the file is absent or damaged, or holds another network.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

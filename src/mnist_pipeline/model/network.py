@@ -40,7 +40,7 @@ class Net(nn.Module):
         def classify() -> dict[str, nn.Module]:
             return {"conv7": nn.Conv2d(c6, CLASSES, 3), "gap": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
 
-        # In the order of the layers, in which their initial weights are drawn.
+        # A layer draws its initial weights when it is made, so the results depend on the order of these calls.
         self.block1 = _sequence(convolve(1, 1, c1, padding=1), convolve(2, c1, c2, padding=1), shrink(1))
         self.block2 = _sequence(convolve(3, c2, c3, padding=1), convolve(4, c3, c4, padding=1), shrink(2))
         self.block3 = _sequence(convolve(5, c4, c5, padding=0), convolve(6, c5, c6, padding=0), classify())

@@ -14,7 +14,7 @@ from mnist_pipeline.report.pictures import write_png
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 
 CHART_WIDTH = 460  # pixels, of a PNG; on the page a chart fills its column
-# Seen well on white and on black; of training, monitoring, the specification's figures, and mistakes.
+# Colours of training, monitoring, the specification's figures and mistakes; all are clear on white and on black.
 ORANGE, BLUE, GREY, RED = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"
 _FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
 _INK = "currentColor"  # the page's text colour, light or dark; black in a PNG
@@ -29,12 +29,12 @@ _AXIS = {"domainColor": _INK, "tickColor": _INK, "domainOpacity": 0.5, "tickOpac
 
 
 def chart_rows(rows: Sequence[Mapping[str, Any]]) -> alt.Chart:
-    """Begin a chart of rows of data."""
+    """Start a chart from rows of data."""
     return alt.Chart(alt.Data(values=rows))
 
 
 def style_chart(chart: Chart, height: float) -> Chart:
-    """Give a chart its height in pixels, and the width and look that all have."""
+    """Set a chart's height in pixels, and the width and look that all charts share."""
     styled: Chart = chart.properties(width=CHART_WIDTH, height=height).configure(
         font=_FONT,
         background="transparent",
@@ -48,6 +48,6 @@ def style_chart(chart: Chart, height: float) -> Chart:
 
 
 def write_chart(path: Path, chart: Chart) -> None:
-    """Draw a chart on white as PNG, in 64 colours, which are enough."""
+    """Write a chart as PNG on white. It uses 64 colours, which are enough."""
     drawn = vl_convert.vegalite_to_png(chart.to_dict() | {"background": "white"}, scale=2)
     write_png(path, Image.open(io.BytesIO(drawn)).convert("RGB").quantize(64))

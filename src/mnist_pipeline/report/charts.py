@@ -20,7 +20,7 @@ _ROW_HEIGHT = 36  # pixels, of a chart with a row of digits
 def draw_learning_curve(
     history: Sequence[Mapping[str, float]], quantity: str, monitor_name: str, published: Sequence[float]
 ) -> Chart:
-    """Draw loss or accuracy by epoch; dotted lines mark the scheduler's steps, a pointer shows an epoch's figures."""
+    """Draw loss or accuracy by epoch; dotted lines mark new learning rates, the pointer shows an epoch's figures."""
     titles = {f"train_{quantity}": "training", f"monitor_{quantity}": monitor_name.lower()}
     series = {title: {int(row["epoch"]): row[name] for row in history} for name, title in titles.items()}
     series["test, published"] = dict(enumerate(published, 1))
@@ -30,7 +30,7 @@ def draw_learning_curve(
         for epoch, value in values.items()
     ]
     number = ".4f" if quantity == "loss" else ".2%"
-    epochs: list[dict[str, Any]] = [  # for the tooltip, which leaves out what a training did not reach
+    epochs: list[dict[str, Any]] = [  # for the tooltip; a curve can lack the last epochs
         {"epoch": epoch} | {title: format(values[epoch], number) for title, values in series.items() if epoch in values}
         for epoch in sorted({epoch for values in series.values() for epoch in values})
     ]
@@ -42,12 +42,12 @@ def draw_learning_curve(
     if quantity == "loss":
         scale, axis = alt.Scale(type="log"), alt.Axis(title="loss, nats an image", format="~g", values=_LOSS_TICKS)
     else:
-        # The training accuracy of the first epoch is far lower, and would flatten the rest of the chart.
+        # The first epoch's training accuracy is far lower; it would flatten the rest of the chart.
         lowest = min([row["monitor_accuracy"] for row in history] + list(published))
         scale, axis = alt.Scale(domain=[max(0, lowest - 0.005), 1]), alt.Axis(title="accuracy", format=".1%")
     whole_numbers = alt.Axis(tickMinStep=1, format="d")
     x = alt.X("epoch:Q", title="epoch", axis=whole_numbers, scale=alt.Scale(nice=False, zero=False))
-    chosen = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # by each click
+    chosen = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # a click shows or hides a curve
     pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
     curves = chart_rows(points).mark_line(point=True, clip=True).add_params(chosen)
     curves = curves.encode(
@@ -65,7 +65,7 @@ def draw_learning_curve(
 
 
 def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
-    """Draw how often each label (row) was predicted as each class (column); colour shows the mistakes only."""
+    """Draw how often each label (row) was predicted as each class (column); only mistakes have colour."""
     errors = confusion - np.diag(confusion.diagonal())
     cells = [
         {
@@ -90,7 +90,7 @@ def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
 
 
 def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
-    """Draw accuracy by confidence, with Wilson's 95% intervals, beside the diagonal where both are equal."""
+    """Draw accuracy by confidence, with Wilson's 95% intervals and the diagonal where both are equal."""
     rows = []
     for row in calibration:
         images = round(row["images"])
@@ -122,13 +122,13 @@ def draw_robustness(
 ) -> Chart:
     """Draw how far each corruption lowers the accuracy from that of the uncorrupted images, the first row.
 
-    `means` are the mean accuracies of the families. Each row starts with its digits (N, 28, 28) in `examples`. Rows are
-    sorted by family, then by accuracy.
+    `means` are the mean accuracies of the families; `examples` has digits (N, 28, 28) for the start of each row. The
+    chart sorts the rows by family, then by accuracy.
     """
     shown = [rows[0], *sorted(rows[1:], key=lambda row: (row["family"], -row["accuracy"]))]
     data, lines = [], []
     for row in shown:
-        digits = np.pad(examples[row["corruption"]], [(0, 0), (0, 0), (1, 1)])  # apart from one another
+        digits = np.pad(examples[row["corruption"]], [(0, 0), (0, 0), (1, 1)])  # a gap between the digits
         picture = base64.b64encode(encode_png(enlarge(np.hstack(list(digits))))).decode()
         data.append({**row, "uncorrupted": rows[0]["accuracy"], "digits": f"data:image/png;base64,{picture}"})
     for family, mean in means.items():
@@ -136,7 +136,7 @@ def draw_robustness(
         lines.append({"family": family, "mean": mean, "first": names[0], "last": names[-1]})
     lowest = min(row["accuracy"] for row in shown)
     pictures = "min(0.42 * width, 166)"  # pixels, as wide as a row's height allows
-    numbers = f"({pictures} + 54)"  # where they end, right of the pictures and left of the axis
+    numbers = f"({pictures} + 54)"  # right edge of the numbers between pictures and axis
     ticks = [tick / 20 for tick in range(21) if tick / 20 > lowest]
     y = alt.Y("corruption:N", title=None, sort=None, axis=alt.Axis(domain=False, ticks=False))
     x = alt.X(
@@ -175,7 +175,7 @@ def draw_robustness(
 
 
 def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) -> Chart:
-    """Draw the accuracies of each recipe's seeds as points, their mean as a tick, and the published one as a line."""
+    """Draw each seed's accuracy as a point, each recipe's mean as a tick, the published accuracy as a line."""
     points = [
         {"recipe": name, "seed": seed, "accuracy": value}
         for name, values in accuracies.items()

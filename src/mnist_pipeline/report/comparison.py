@@ -1,4 +1,4 @@
-"""A run beside the specification: the published figures, and the points of its checklist."""
+"""Compare a run with the specification: its published figures and its checklist."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from mnist_pipeline.report.studies import percent_range
 
 
 class Comparison(NamedTuple):
-    """A figure of ours beside the published one, both as text."""
+    """One of our figures and the published one, both as text."""
 
     name: str
     ours: str
@@ -21,7 +21,7 @@ class Comparison(NamedTuple):
 
 
 def compare_results(results: Results, monitor_name: str) -> list[Comparison]:
-    """Set the main figures beside the specification's."""
+    """Compare the main figures with the published ones."""
     metrics, first, last = results.metrics, results.history[0], results.history[-1]
     best = max(results.history, key=lambda row: row["monitor_accuracy"])
     highest = max(published.TEST_ACCURACY)
@@ -55,7 +55,7 @@ def compare_results(results: Results, monitor_name: str) -> list[Comparison]:
 
 
 def compare_progress(history: Sequence[ResultRow]) -> list[Comparison]:
-    """Set the monitor's accuracy during each learning rate, and its loss overall, beside the published ones."""
+    """Compare the monitor's accuracy at each learning rate, and the fall of its loss, with the published ones."""
     comparisons = []
     for rate, group in groupby(history, key=lambda row: row["learning_rate"]):
         rows = list(group)
@@ -85,16 +85,16 @@ class Requirement(NamedTuple):
 
 
 def check_requirements(
-    params: Params, layers: Sequence[Layer], results: Results, train: int, test: int
+    params: Params, layers: Sequence[Layer], results: Results, train_images: int, test_images: int
 ) -> list[Requirement]:
-    """Check the run, on so many training and test images, against the specification's checklist."""
+    """Check the run, and the numbers of its images, against the specification's checklist."""
     kinds = [layer.kind for layer in layers]
     blocks, convolutions = len({layer.block for layer in layers}), kinds.count("Conv2d")
     after = [following for kind, following in pairwise(kinds) if kind == "Conv2d"]
     parameters, counted = sum(layer.parameters for layer in layers), results.metrics["parameters"]
     epochs, published_epochs = len(results.history), len(published.TEST_ACCURACY)
     accuracy, target = results.metrics["test_accuracy"], published.TEST_ACCURACY[-1]
-    error = math.sqrt(target * (1 - target) * (1 / test + 1 / published.TEST_IMAGES))
+    error = math.sqrt(target * (1 - target) * (1 / test_images + 1 / published.TEST_IMAGES))
     is_accurate = accuracy >= target - 2 * error
     return [
         Requirement(
@@ -104,8 +104,8 @@ def check_requirements(
         ),
         Requirement(
             "MNIST dataset",
-            (train, test) == (published.TRAIN_IMAGES, published.TEST_IMAGES),
-            f"{train:,} training and {test:,} test images",
+            (train_images, test_images) == (published.TRAIN_IMAGES, published.TEST_IMAGES),
+            f"{train_images:,} training and {test_images:,} test images",
         ),
         Requirement(
             "CNN architecture",

@@ -1,4 +1,4 @@
-"""The report as Markdown, and its charts and pictures; `page` turns it into a web page."""
+"""The report as Markdown, with its charts and pictures; `page` turns it into a web page."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ _EXAMPLES = 5  # test images that the chart of corruptions shows
 
 
 def draw_charts(results: Results, model: nn.Module, params: Params, test: Digits) -> dict[str, Chart]:
-    """Draw the report's charts, each under its name."""
+    """Draw the report's charts, by name."""
     steps = [*chain(*group_into_steps(list_layers(model)).values())]
     monitor = params.data.monitor_name
     first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
@@ -52,7 +52,7 @@ def draw_charts(results: Results, model: nn.Module, params: Params, test: Digits
 def write_figures(
     directory: Path, drawn: Mapping[str, Chart], test: Digits, misclassified: Sequence[ResultRow]
 ) -> None:
-    """Replace a directory's content by the charts and the misclassified digits as PNG files."""
+    """Replace the content of a directory with the charts and the misclassified digits as PNG files."""
     shutil.rmtree(directory, ignore_errors=True)
     for name, chart in tqdm(drawn.items(), desc="Drawing", unit="chart", delay=2, leave=False, disable=None):
         write_chart(directory / f"{name}.png", chart)
@@ -63,9 +63,9 @@ def write_figures(
 def render_report(
     params: Params, digits: Mapping[str, Digits], model: nn.Module, results: Results, digests: Mapping[str, str]
 ) -> str:
-    """Return the report as Markdown; the same input gives the same text.
+    """Render the report as Markdown; the same input gives the same text.
 
-    `digits` are the `train`, `added` and `test` images, `digests` the SHA-256 of files by their paths.
+    `digits` are the `train`, `added` and `test` images; `digests` are the SHA-256 of files, by path.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_pipeline.report"),

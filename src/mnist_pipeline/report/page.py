@@ -18,9 +18,9 @@ from mnist_pipeline.report.chart_style import Chart
 
 
 def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> str:
-    """Return the page of a Markdown report, whose images are files under `directory`.
+    """Render a Markdown report as a page. The report's images are files under `directory`.
 
-    An image with the name of a chart becomes that chart; without JavaScript it stays an image.
+    An image named like a chart becomes that chart; without JavaScript it stays an image.
     """
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
 
@@ -41,9 +41,8 @@ def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> st
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mnist_pipeline.report"), undefined=jinja2.StrictUndefined, autoescape=True
     )
-    return environment.get_template(
-        "report.html.j2"
-    ).render(
+    template = environment.get_template("report.html.j2")
+    return template.render(
         title=title,
         introduction=Markup(markdown.render(introduction)),  # noqa: S704 (escaped by markdown-it)
         sections=[

@@ -8,7 +8,7 @@ from PIL import Image
 
 from mnist_pipeline.common.files import write_bytes
 
-_SCALE = 4  # times as wide and as high
+_SCALE = 4  # enlarged pixels for each pixel, along each side
 
 
 def write_digit(path: Path, pixels: np.ndarray) -> None:
@@ -17,7 +17,7 @@ def write_digit(path: Path, pixels: np.ndarray) -> None:
 
 
 def enlarge(pixels: np.ndarray) -> Image.Image:
-    """Return pixels (height, width), bright on dark, as a larger image that is dark on bright."""
+    """Enlarge pixels (height, width) and invert them: bright on dark becomes dark on bright."""
     image = Image.fromarray(255 - pixels)
     return image.resize((_SCALE * image.width, _SCALE * image.height), Image.Resampling.NEAREST)
 
@@ -28,7 +28,7 @@ def write_png(path: Path, image: Image.Image) -> None:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """Return an image as a PNG file holds it."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "png", optimize=True)
     return buffer.getvalue()

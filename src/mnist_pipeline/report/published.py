@@ -1,4 +1,4 @@
-"""The figures that the specification published of its own training; ours stand beside them."""
+"""The figures that the specification published for its own training."""
 
 PARAMETERS = 19_210
 MODEL_KB = 75  # "~75 KB"

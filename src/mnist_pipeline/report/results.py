@@ -1,4 +1,4 @@
-"""What the earlier stages and the studies wrote, read for the report."""
+"""Read for the report what the earlier stages and the studies wrote."""
 
 import json
 from collections import Counter
@@ -18,7 +18,7 @@ ResultRow = dict[str, float]  # a row of a table, by column
 
 @dataclass(frozen=True)
 class Results:
-    """The test metrics; rows for epochs, test images, bins of confidence and corruptions; and the studies."""
+    """What the stages wrote: rows for epochs, metrics, rows for images, bins and corruptions; and the studies."""
 
     history: list[ResultRow]
     metrics: dict[str, Any]
@@ -54,7 +54,7 @@ class Results:
 
     @property
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """Label, prediction and number of images of each kind of mistake, the most frequent first."""
+        """The label, prediction and count of each kind of mistake, the most frequent first."""
         counts = Counter((int(row["label"]), int(row["prediction"])) for row in self.misclassified)
         return [(*kind, count) for kind, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
 

@@ -48,14 +48,14 @@ class Study:
         return statistics.stdev(self.values(measure)) if len(self.rows) > 1 else 0.0
 
     def summary(self, measure: str) -> str:
-        """Describe in a phrase how an accuracy spreads over the seeds."""
+        """Describe how an accuracy varies over the seeds."""
         mean, deviation = self.mean(measure), 100 * self.deviation(measure)
         spread = f"standard deviation {deviation:.3f} points, {percent_range(self.values(measure))}"
         return f"{len(self.rows)} seeds, {measure} {mean:.3%}, {spread}"
 
 
 def percent_range(shares: Sequence[float]) -> str:
-    """Return the lowest and the highest of some shares as text."""
+    """Return the lowest and the highest share as text."""
     return f"{min(shares):.2%} to {max(shares):.2%}"
 
 
@@ -65,17 +65,17 @@ def read_study_rows(table: Path) -> list[dict[str, str]]:
 
 
 def load_studies(directory: Path = STUDIES) -> list[Study]:
-    """Return the studies that were scored on the test images, the specification's first."""
+    """Return the studies that were scored on the test images; the specification's comes first."""
     tables = [path for path in directory.glob("*.csv") if not path.stem.endswith(VALIDATION_SUFFIX)]
     tables.sort(key=lambda path: (path.stem != SPECIFICATION, path))
     return [Study(path.stem, read_study_rows(path)) for path in tables]
 
 
 def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -> float:
-    """Return the probability of so large a difference in means if two recipes with the same seeds were equal.
+    """Return the p-value of the difference between two recipes' means, from pairs of trainings with the same seed.
 
-    If they are equal, each seed's difference could as well have the other sign. The result is the share of all
-    combinations of signs that give as large a mean difference (Fisher's permutation test for pairs, two-sided). With
+    If the recipes are equal, each seed's difference could as well have the other sign. The p-value is the share of
+    sign combinations whose mean difference is at least as large (Fisher's permutation test for pairs, two-sided). With
     fewer than two common seeds it is 1.
     """
     from scipy.stats import permutation_test  # slow to import
@@ -94,7 +94,7 @@ def paired_p_value(study: Study, other: Study, measure: str = "test_accuracy") -
 
 
 def recipe_table(studies: Sequence[Study]) -> list[dict[str, str]]:
-    """Return a row for each study, by column: means over the seeds, and how the accuracies spread.
+    """Return a row for each study, by column: means over the seeds, and how much the accuracy varies.
 
     The column `p` is the `paired_p_value` against the specification's study, if there is one.
     """

@@ -1,4 +1,4 @@
-"""Training images, each moved a little in another way every time it is seen."""
+"""Augmentation: small random movements of the training images, new in every epoch."""
 
 import math
 
@@ -10,10 +10,9 @@ from mnist_pipeline.common.params import AugmentationParams
 
 
 def augment(images: Tensor, params: AugmentationParams) -> Tensor:
-    """Rotate, scale, shear and shift each image (N, 1, H, W) at random, by up to the params in either direction.
+    """Rotate, scale, shear and shift each image (N, 1, H, W) at random, by at most `params` in either direction.
 
-    Values between pixels are interpolated bilinearly. What comes from outside the image repeats its border, which in
-    MNIST is background.
+    Interpolation between pixels is bilinear. Pixels outside the image repeat its border, which is background in MNIST.
     """
     if not any((params.rotation, params.scale, params.shear, params.shift)):
         return images
@@ -22,7 +21,7 @@ def augment(images: Tensor, params: AugmentationParams) -> Tensor:
         return (2 * torch.rand(len(images)) - 1) * limit
 
     angle, scale, shear = draw(math.radians(params.rotation)), 1 + draw(params.scale), draw(params.shear)
-    # Each map leads from a place in the new image to one in the old; a shift is in halves of the image's side.
+    # Each map takes a place in the new image to one in the old. The unit of a shift is half the image's side.
     cosine, sine = angle.cos() / scale, angle.sin() / scale
     across, down = (draw(2 * params.shift / side) for side in (images.shape[3], images.shape[2]))
     maps = torch.stack([cosine, shear - sine, across, sine, cosine, down], dim=1).view(-1, 2, 3)

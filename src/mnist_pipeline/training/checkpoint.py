@@ -1,4 +1,4 @@
-"""A training kept on disk between two epochs, so that a killed one goes on where it was."""
+"""Save a training after each epoch, so that a killed one can go on from there."""
 
 import json
 import os
@@ -20,23 +20,23 @@ _DAMAGE = (safetensors.SafetensorError, KeyError, TypeError, ValueError)  # what
 
 
 class Checkpoint:
-    """The file of one training, named for the fingerprint of all that the training depends on.
+    """The file of one training. Its name is the fingerprint of all that the training depends on; it holds no pickle.
 
-    DVC deletes a stage's outputs before it runs the stage, so the file lies elsewhere: at the root of the repository,
-    which outlives the temporary copies that DVC runs experiments in. It holds no pickle.
+    DVC deletes a stage's outputs before it runs the stage, so the file is not one of them. It lies at the root of the
+    repository itself, because DVC runs experiments in temporary copies.
     """
 
     def __init__(self, fingerprint: str) -> None:
         self.path = Path(os.environ.get("DVC_ROOT", ".")) / CHECKPOINTS / f"{fingerprint}.safetensors"
 
     def save(self, training: Training, run_id: str | None) -> None:
-        """Write a training and the id of its MLflow run, if it has one, whole or not at all."""
+        """Write a training and the id of its MLflow run, if it has one. The file is written whole or not at all."""
         write_bytes(self.path, dump_training(training, run_id))
 
     def restore(self, training: Training) -> str | None:
-        """Bring a training to where it was interrupted; return the id of its MLflow run.
+        """Set a training to where it was interrupted; return the id of its MLflow run.
 
-        Without a checkpoint the training stays as it is. A damaged checkpoint is named and ignored.
+        If there is no checkpoint, or a damaged one, which is reported, the training stays as it is.
         """
         if not self.path.exists():
             return None
@@ -49,7 +49,7 @@ class Checkpoint:
         return run_id
 
     def remove(self) -> None:
-        """Forget a training that has ended well."""
+        """Delete the file; a finished training no longer needs it."""
         self.path.unlink(missing_ok=True)
 
     def history(self) -> list[EpochResult]:
@@ -79,7 +79,7 @@ def dump_training(training: Training, run_id: str | None = None) -> bytes:
 
 
 def load_training(training: Training, content: bytes) -> str | None:
-    """Bring a training to the state that `dump_training` returned; return the id of its MLflow run.
+    """Set a training to the state that `dump_training` returned; return the id of its MLflow run.
 
     Raises:
         SafetensorError, KeyError, TypeError, ValueError: the content is damaged; the training stays as it is.
@@ -105,7 +105,7 @@ def load_training(training: Training, content: bytes) -> str | None:
 
 
 def _description(content: bytes) -> dict[str, Any]:
-    """Read the metadata: the header's length in 8 bytes, then the header, which is JSON (safetensors' format)."""
+    """Read the metadata. A safetensors file starts with its header's length in 8 bytes and the header as JSON."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
     description: dict[str, Any] = json.loads(header["__metadata__"][_DESCRIPTION])
     return description

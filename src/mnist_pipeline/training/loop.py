@@ -1,4 +1,4 @@
-"""The training loop. It knows neither files nor tracking: whoever calls it does."""
+"""The training loop. It knows neither files nor tracking; its callers do."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -19,15 +19,15 @@ from mnist_pipeline.training.augmentation import augment
 from mnist_pipeline.training.optimizer import build_optimizers
 
 _MONITOR_BATCH_SIZE = 1000  # images; bounds memory
-_STATISTICS_IMAGES = 10_000  # that measure the BatchNorm statistics of averaged weights
+_STATISTICS_IMAGES = 10_000  # to measure the BatchNorm statistics of averaged weights
 
 OnBatch = Callable[[int, Tensor], None]
-TrainingLoop = Callable[..., Iterator[EpochResult]]  # `train`, or what does the same in several processes
+TrainingLoop = Callable[..., Iterator[EpochResult]]  # `train`, or `train_in_group` for several processes
 
 
 @dataclass(frozen=True)
 class Training:
-    """A training between two epochs: with the data, the params and the seed, this decides the next epoch.
+    """The state of a training between two epochs; with data, params and seed it decides the next epoch.
 
     `average` is the exponential moving average of the model's weights, if the params ask for one.
     """
@@ -59,7 +59,7 @@ def train(
     seed: int,
     on_batch: OnBatch = lambda batch, loss: None,
 ) -> Iterator[EpochResult]:
-    """Train on from where `training` stands; yield the result of each epoch.
+    """Train the epochs that `training` has not done yet; yield the result of each.
 
     `digits` and `monitor` are normalised images (N, 1, 28, 28) and labels (N,) on the model's device. `on_batch` gets
     each batch's number, from 0, and its mean loss.
@@ -87,7 +87,7 @@ def train(
 def _train_epoch(
     training: Training, digits: tuple[Tensor, Tensor], params: TrainParams, epoch: int, on_batch: OnBatch
 ) -> Score:
-    """Take one step for each batch; every image is used once, and the last batch holds what is left."""
+    """Take one step for each batch. Every image is used once; the last batch can be smaller."""
     (images, labels), model = digits, training.model
     model.train()
     augmentation = params.augmentation if epoch <= params.epochs - params.augmentation.clean_epochs else None
@@ -117,8 +117,8 @@ def _train_epoch(
 def learning_rate(params: TrainParams, progress: float) -> float:
     """Return the learning rate after `progress` epochs; a fraction is a share of the next epoch.
 
-    Source: torch's StepLR; and OneCycleLR (Smith and Topin, arXiv:1708.07120), cosines from a 25th up to the highest
-    and down to next to nothing.
+    Source: torch's StepLR and OneCycleLR (Smith and Topin, arXiv:1708.07120). One cycle rises along a cosine from 1/25
+    of the highest rate and falls along another to 0.
     """
     scheduler = params.scheduler
     if scheduler.kind == "step":
@@ -132,10 +132,7 @@ def learning_rate(params: TrainParams, progress: float) -> float:
 
 
 def seed_epoch(seed: int, epoch: int) -> None:
-    """Seed all that an epoch draws (the order of the images, dropout) from the run's seed and the epoch's number.
-
-    So the draws of an epoch do not depend on the epochs before it.
-    """
+    """Seed an epoch's random draws with the run's seed and the epoch, so that they do not depend on earlier epochs."""
     torch.manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
 
 

@@ -1,4 +1,4 @@
-"""The optimizers: torch's, and Muon."""
+"""The optimizers: those of torch, and Muon."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,11 +17,11 @@ _ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Step along the orthogonalised momentum, so that every singular direction of a weight matrix moves equally far.
+    """Step along the orthogonalised momentum, so that a weight matrix moves equally far in all singular directions.
 
     A convolution's weights (outputs, inputs, height, width) count as a matrix with a row for each output. Steps are
     scaled to the size of AdamW's, so the same learning rate and weight decay suit both (Liu et al., arXiv:2502.16982).
-    Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon; torch's Muon takes matrices only.
+    torch's own Muon takes matrices only. Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
@@ -44,7 +44,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
-    """Return approximately the nearest matrix (M, N) with orthonormal rows or columns, whichever are fewer."""
+    """Approximate the nearest matrix (M, N) with orthonormal rows or columns, whichever are fewer."""
     if matrix.shape[0] > matrix.shape[1]:
         return orthogonalize(matrix.T).T
     a, b, c = _NEWTON_SCHULZ
@@ -56,7 +56,7 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def build_optimizers(model: nn.Module, params: TrainParams) -> list[Optimizer]:
-    """Return the optimizers of a model's weights: one for all, or Muon for the convolutions and AdamW for the rest."""
+    """Return one optimizer for all weights of a model, or Muon for the convolutions and AdamW for the rest."""
     options: dict[str, Any] = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
     weights = list(model.parameters())
     if params.optimizer != "muon":

@@ -1,1 +1,1 @@
-"""One training in several processes. Nothing outside this folder knows of it; skip it on a first reading."""
+"""One training in several processes. The training loop knows nothing of it: skip this folder on a first reading."""

@@ -1,7 +1,7 @@
 """One training in several processes, each with its share of every batch (data parallelism).
 
-Together they do what one process does: batches, augmentation and dropout are drawn as for one, batch normalisation
-uses the statistics of the whole batch, the gradient is the sum over all shares. Only the order of sums differs.
+Together they do what one process does: they draw the same batches, augmentation and dropout, batch normalisation uses
+the statistics of the whole batch, and the gradient is the sum over all shares. Only the order of sums differs.
 Source: PyTorch's documentation of DistributedDataParallel.
 """
 
@@ -26,15 +26,15 @@ _CPU = torch.device("cpu")
 
 
 class Group:
-    """The processes that train together, as one of them sees them. A group of one sends nothing."""
+    """The processes that train together, seen from one of them. A group of one sends nothing."""
 
-    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = _CPU, drives: bool = True) -> None:
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device = _CPU, can_lead: bool = True) -> None:
         self.rank = rank
         self.size = size
         self.device = device
-        driving = torch.zeros(size, dtype=torch.int64, device=device)
-        driving[rank] = drives
-        self.leader = int(self.sum(driving).argmax())  # the first that drives; any machine may have rank 0
+        candidates = torch.zeros(size, dtype=torch.int64, device=device)
+        candidates[rank] = can_lead
+        self.leader = int(self.sum(candidates).argmax())  # the lowest rank that can lead, which need not be 0
 
     @property
     def leads(self) -> bool:
@@ -50,15 +50,15 @@ class Group:
         return values if self.size == 1 else cast("Tensor", _Sum.apply(values))
 
     def gather(self, share: Tensor, count: int) -> Tensor:
-        """Return the results (count, …) for a whole batch from each process's results for its share.
+        """Put the processes' results for their shares together; return the results (count, …) for the whole batch.
 
-        Every process then computes the same loss from them. So the gradient of a share flows back to its own process,
-        times the number of processes, since DistributedDataParallel takes the mean.
+        All processes then compute the same loss. Each gets back the gradient of its own share, multiplied by the number
+        of processes because DistributedDataParallel averages gradients.
         """
         return share if self.size == 1 else cast("Tensor", _Gather.apply(share, count, self))
 
     def send(self, content: bytes, source: int | None = None) -> bytes:
-        """Return in every process what the process of rank `source` has, or the leader."""
+        """Send `content` from the process of rank `source`, or from the leader, to all; return it in each."""
         if self.size == 1:
             return content
         source = self.leader if source is None else source
@@ -71,7 +71,7 @@ class Group:
         return sent.cpu().numpy().tobytes()
 
     def exchange(self, value: Any) -> list[Any]:
-        """Return the values of all processes, in the order of their ranks; values are of JSON's types."""
+        """Return the values of all processes in the order of their ranks; JSON must be able to hold a value."""
         return [json.loads(self.send(json.dumps(value).encode(), rank)) for rank in range(self.size)]
 
 
@@ -86,7 +86,7 @@ def train_in_group(
 ) -> Iterator[EpochResult]:
     """Do what `loop.train` does, each process with its share of the work.
 
-    All processes hold all images and go on from where the leader's training stands.
+    All processes hold all images, and start from the state of the leader's training.
     """
     state = group.send(dump_training(training))
     if not group.leads:
@@ -123,9 +123,9 @@ class SharedModel(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation (Ioffe and Szegedy, arXiv:1502.03167) of a share by the whole batch's mean and variance.
+    """Normalise a share by the whole batch's mean and variance (Ioffe and Szegedy, arXiv:1502.03167).
 
-    torch's SyncBatchNorm does this on GPUs alone.
+    torch's SyncBatchNorm does this on GPUs only.
     """
 
     def __init__(self, layer: nn.BatchNorm2d, group: Group) -> None:
@@ -140,7 +140,7 @@ class BatchNorm(nn.Module):
         self.batch_size = 0  # images in the whole batch
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise inputs (N, C, H, W), which may be none, and update the running statistics."""
+        """Normalise inputs (N, C, H, W), where N may be 0, and update the running statistics."""
         count = self.batch_size * inputs.shape[2] * inputs.shape[3]
         values = inputs.float()
         sums = torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))]).double()
@@ -158,7 +158,7 @@ class BatchNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """Dropout of a share, drawn for the whole batch as torch draws it on the CPU."""
+    """Dropout for a share; the draw is the one that torch makes for the whole batch on the CPU."""
 
     def __init__(self, layer: nn.Dropout | nn.Dropout2d, group: Group) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ class Dropout(nn.Module):
         self.batch_size = 0  # images in the whole batch
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Drop some of inputs (N, C, H, W), and scale the others up to make up for them."""
+        """Zero some of the inputs (N, C, H, W), and scale up the others so that the expected sum stays."""
         if self.keep == 1:
             return inputs
         size = (1, 1) if self.whole_maps else inputs.shape[2:]
@@ -177,7 +177,7 @@ class Dropout(nn.Module):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum of a tensor over the processes; each process's part reaches the loss of all, so gradients add up, too."""
+    """Sum a tensor over the processes. Each process's values enter the loss of all, so backward sums gradients."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -193,8 +193,6 @@ class _Sum(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """What `Group.gather` does."""
-
     @staticmethod
     def forward(ctx: Any, share: Tensor, count: int, group: Group) -> Tensor:
         ctx.group = group

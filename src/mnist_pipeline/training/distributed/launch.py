@@ -1,4 +1,4 @@
-"""How the processes of one training start, meet, compare what they have, and end.
+"""How the processes of one training start, meet, check that they agree, and end.
 
 torch.distributed starts them, on one machine or on several, and starts them again when one dies.
 Source: PyTorch's documentation of torchrun.
@@ -30,27 +30,27 @@ from mnist_pipeline.model.network import build_model
 from mnist_pipeline.training.distributed.group import Group, train_in_group
 from mnist_pipeline.training.loop import start_training
 
-_RESTARTS = 3  # of all processes, each time that one has died
+_RESTARTS = 3  # when a process dies, all start again, at most so often
 _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 # torchrun's variables for its options --nnodes, --rdzv-endpoint and --local-addr.
 _NODES, _ENDPOINT, _ADDRESS = "PET_NNODES", "PET_RDZV_ENDPOINT", "PET_LOCAL_ADDR"
-_DRIVES = "MNIST_DRIVES"  # set in the processes that this machine's pipeline has started
-# Each start of the processes gets its own store to meet in: a shared one has the addresses of dead processes.
+_CAN_LEAD = "MNIST_CAN_LEAD"  # set for the processes that `launch` starts, not for those of other machines
+# Gives each restart a new store to meet in: a shared one lists the addresses of dead processes.
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
-_MISTAKE = "mistake"  # the key under which a process names what it lacks
+_MISTAKE = "mistake"  # the key of an error that a process tells the others
 
-# What runs in the leader: the train stage, which takes the params and, as `train`, the loop over several processes.
+# The train stage. It takes the params and, if there are several processes, the training loop for them.
 Stage = Callable[..., None]
-# What must be equal in all processes, by name.
+# Returns what must be equal in all processes, by name.
 Identify = Callable[[Params], Mapping[str, object]]
 
 
 def launch(stage: Stage, params: Params, identify: Identify) -> None:
-    """Run the train stage in as many processes as the params say: in this one, if one is enough.
+    """Run the train stage in `train.processes` processes, or in this process if that is 1.
 
-    When a process dies, all start again, up to three times, and go on from the checkpoint. To spread the processes
-    over machines, set torchrun's variables: PET_NNODES, and PET_RDZV_ENDPOINT (host:port), where they meet, on the
-    machine that calls this. It leads; the other machines run torchrun.
+    When a process dies, all start again, up to three times, and go on from the checkpoint. To use several machines,
+    call this on the one that leads, and run torchrun on the others. Set two of torchrun's variables on the leading
+    machine: PET_NNODES (the number of machines) and PET_RDZV_ENDPOINT (its host:port, where they meet).
 
     Raises:
         UserError: the stage raised it, or the processes failed for good.
@@ -76,10 +76,10 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
             file=sys.stderr,
             flush=True,
         )
-    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # `join_group` says when a process died
+    for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # `join_group` reports a death
         logging.getLogger(noisy).addHandler(logging.NullHandler())
         logging.getLogger(noisy).propagate = False  # torch sets the levels of the loggers below one by one
-    os.environ |= {_DRIVES: "1", _OWN_STORE: "1"}
+    os.environ |= {_CAN_LEAD: "1", _OWN_STORE: "1"}
     with tempfile.TemporaryDirectory() as temporary:
         mistake = Path(temporary) / "mistake"
         config = LaunchConfig(
@@ -111,32 +111,22 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
                 raise
             raise UserError(
                 f"processes were killed {_RESTARTS + 1} times, at last process {rank} by {failure.signal_name()}: "
-                f"is there memory for {processes} (train.processes)?"
+                f"is there enough memory for train.processes ({processes})?"
             ) from None
         if mistake.exists():
             raise UserError(read_text(mistake))
 
 
 def _count_machines(processes: int) -> int:
-    """Return the number of machines that PET_NNODES spreads the processes over.
-
-    Raises:
-        UserError: the machines would not get equal shares.
-    """
+    """Return the number of machines (PET_NNODES); each must get the same number of processes."""
     given = os.environ.get(_NODES, "1")
     if not given.isdecimal() or not (nodes := int(given)) or processes % nodes:
-        raise UserError(
-            f"train.processes must be a multiple of {_NODES}, and is {processes}, where {_NODES} is {given}"
-        )
+        raise UserError(f"train.processes must be a multiple of {_NODES}, and is {processes} ({_NODES} is {given})")
     return nodes
 
 
 def _meeting_point(nodes: int) -> str:
-    """Return where the machines meet, as host:port: PET_RDZV_ENDPOINT, or any free port here if there is only one.
-
-    Raises:
-        UserError: there are several machines, and nothing can listen at PET_RDZV_ENDPOINT.
-    """
+    """Return the host:port where the machines meet: PET_RDZV_ENDPOINT, or any free port here for a single machine."""
     if nodes == 1:
         return "localhost:0"
     from torch.distributed.elastic.rendezvous.utils import parse_rendezvous_endpoint
@@ -155,7 +145,7 @@ def _meeting_point(nodes: int) -> str:
 
 
 def _run_worker(stage: Stage, params: Params, identify: Identify, mistake: Path) -> None:
-    """Take part as a process of its own, and write a user's mistake to a file: a restart must not repeat it."""
+    """Run one of the processes. Write a user's mistake to a file, so that a restart does not repeat it."""
     if mistake.exists():
         return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes
@@ -168,7 +158,6 @@ def _run_worker(stage: Stage, params: Params, identify: Identify, mistake: Path)
 
 
 def _take_part(stage: Stage, params: Params, identify: Identify) -> None:
-    """Join the group; the leader runs the stage, the others only train."""
     with join_group(params.threads) as group:
         check_agreement(group, params, identify)
         if group.leads:
@@ -187,7 +176,7 @@ def _follow(group: Group, params: Params) -> None:
 
 
 def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
-    """Interrupt this process once: the terminal sends the signal and so does the launcher, amid the clean-up."""
+    """Interrupt this process, and ignore further signals: the launcher sends a second one during the clean-up."""
     for interruption in _INTERRUPTIONS:
         signal.signal(interruption, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -195,14 +184,14 @@ def _interrupt_once(number: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def join_group(threads: int) -> Iterator[Group]:
-    """Set torch up and join the group that torchrun started this process for. Only its leader prints."""
+    """Set up torch and join the group that torchrun started this process for. Only the leader prints."""
     device = set_up_torch(threads)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        group = Group(dist.get_rank(), dist.get_world_size(), device, drives=_DRIVES in os.environ)
+        group = Group(dist.get_rank(), dist.get_world_size(), device, can_lead=_CAN_LEAD in os.environ)
         if group.leads:
             for interruption in _INTERRUPTIONS:
                 signal.signal(interruption, _interrupt_once)
@@ -220,11 +209,11 @@ def join_group(threads: int) -> Iterator[Group]:
 
 
 def check_agreement(group: Group, params: Params, identify: Identify) -> None:
-    """Check that all processes train the same.
+    """Check that all processes run the same training.
 
     Raises:
-        UserError: a process has another commit, lock file, code, params or data, or lacks one of them; or torchrun
-            started another number of processes than the params say. Every process raises it.
+        UserError: the processes differ in commit, lock file, code, params or data, or one lacks them; or torchrun did
+            not start `train.processes` processes. Every process raises it.
     """
     own: Mapping[str, object]
     try:
@@ -242,6 +231,4 @@ def check_agreement(group: Group, params: Params, identify: Identify) -> None:
             if theirs != leading:
                 raise UserError(f"{name} is {theirs} in process {rank}, {leading} in the leading one: make them equal")
     if params.train.processes != group.size:
-        raise UserError(
-            f"train.processes is {params.train.processes}, and torchrun started {group.size}: make them equal"
-        )
+        raise UserError(f"train.processes is {params.train.processes}, and torchrun started {group.size}")
