@@ -1,4 +1,4 @@
-"""The command `mnist`: what people and make do beside the pipeline. Slow imports stand where they are used."""
+"""The command `mnist`. Each command imports what it needs itself, because some imports are slow."""
 
 import json
 import sys
@@ -21,21 +21,21 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON,
 def mnist() -> None:
     """Use, check and measure the digit classifier that `make repro` trains. Run it in the repository's root.
 
-    The exit code is 1 after a mistake, which is explained in one line, and 2 after a wrong option.
+    A mistake is explained in one line. The exit code is then 1, or 2 for a wrong option.
     """
 
 
-@mnist.command()
-def backfill() -> None:
-    """Give MLflow the run of outputs that it has missed."""
+@mnist.command("backfill")
+def backfill_command() -> None:
+    """Add to MLflow what it missed of the model here."""
     from mnist_pipeline.tracking.backfill import backfill_run
 
     backfill_run()
 
 
-@mnist.command()
-def reproduce() -> None:
-    """Train the committed commit again and compare byte for byte.
+@mnist.command("reproduce")
+def reproduce_command() -> None:
+    """Run the pipeline of HEAD again and compare byte for byte.
 
     It runs in a temporary clone, without any cache. The exit code is 0 if all outputs are identical.
     """
@@ -44,7 +44,7 @@ def reproduce() -> None:
     reproduce_commit()
 
 
-@mnist.command(context_settings={"ignore_unknown_options": True})
+@mnist.command("experiment", context_settings={"ignore_unknown_options": True})
 @click.argument("recipe")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 @click.option(
@@ -55,88 +55,92 @@ def reproduce() -> None:
     multiple=True,
     envvar="MNIST_PARAMS",
     show_envvar=True,
-    help="Change a param. The variable may hold several, separated by spaces.",
+    help="Change a param. The environment variable may set several, separated by spaces.",
 )
-def experiment(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...]) -> None:
+def experiment_command(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...]) -> None:
     """Run a recipe as a DVC experiment.
 
-    RECIPE is one of experiments/, or `specification` for params.yaml as it is. Further arguments go to `dvc exp run`,
-    such as --queue, --temp or --force.
+    RECIPE is experiments/RECIPE.yaml, or `specification` for params.yaml as it is. Further arguments, such as --queue,
+    --temp or --force, go to `dvc exp run`.
     """
     from mnist_pipeline.experiments.recipes import run_experiment
 
     sys.exit(run_experiment(recipe, [*(f"--set-param={param}" for param in params), *arguments]))
 
 
-@mnist.command()
+@mnist.command("study")
 @click.argument("recipe")
-@click.option("--seeds", default=10, type=click.IntRange(1), help="How many: 0, 1, 2, …")
+@click.option("--seeds", default=10, type=click.IntRange(1), help="How many seeds: 0, 1, 2, …")
 @click.option("--validation", is_flag=True, help="Score on 5,000 held-out training images, not on the test images.")
 @_ray_option
-def study(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
-    """Train a recipe from several seeds: reports/studies/RECIPE.csv.
+def study_command(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
+    """Train a recipe from several seeds.
 
-    RECIPE is one of experiments/, or `specification` for params.yaml as it is. A study that was killed goes on.
+    RECIPE is experiments/RECIPE.yaml, or `specification` for params.yaml as it is. The results are written to
+    reports/studies/RECIPE.csv. Run the command again to resume a study that was killed.
     """
     from mnist_pipeline.experiments.study import run_study
 
     run_study(recipe, seeds, validation, ray)
 
 
-@mnist.command()
+@mnist.command("sweep")
 @click.argument("space", type=_PATH)
-@click.option("--trials", required=True, type=click.IntRange(1), help="How many in all, earlier calls included.")
+@click.option(
+    "--trials", required=True, type=click.IntRange(1), help="How many trials in all, with those of earlier calls."
+)
 @_ray_option
-def sweep(space: Path, trials: int, ray: str | None) -> None:
+def sweep_command(space: Path, trials: int, ray: str | None) -> None:
     """Search a space of params for the best recipe.
 
-    SPACE, a file NAME.yaml, names a recipe to start from, and ranges or lists of choices for params. The best recipe
-    is written to experiments/NAME.yaml. Trials are scored on held-out training images; hopeless ones stop early. A
-    sweep that was killed goes on.
+    SPACE is a file NAME.yaml with a recipe to start from, and a range or a list of choices for each param to search.
+    Trials are scored on held-out training images; hopeless ones stop early. The best recipe is written to
+    experiments/NAME.yaml. Run the command again to resume a sweep that was killed.
     """
     from mnist_pipeline.experiments.sweep import run_sweep
 
     run_sweep(space, trials, ray)
 
 
-@mnist.command()
-@click.option("--base", metavar="REV", required=True, help="The commit to compare with; all zeros: none.")
+@mnist.command("ci-report")
+@click.option("--base", metavar="REV", required=True, help="The commit to compare with; all zeros mean none.")
 @click.option("--out", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path), required=True)
 @click.option(
     "--log",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="What `dvc repro` printed: it tells which stages ran. Otherwise dvc.lock tells what differs from the base.",
+    help="The output of `dvc repro`, which names the stages that ran. Without it, dvc.lock shows what changed.",
 )
 @click.option("--artifacts", metavar="URL", help="Where CI keeps this run's outputs and pictures.")
-def ci_report(base: str, out: Path, log: Path | None, artifacts: str | None) -> None:
+def ci_report_command(base: str, out: Path, log: Path | None, artifacts: str | None) -> None:
     """Compare the run in the workspace with a commit, in Markdown.
 
-    The text is meant for a comment on a pull request. Pictures go into a directory beside FILE. Its name is FILE's
-    without the ending, and -pictures.
+    The text suits a comment on a pull request. Pictures go into a directory beside it: NAME-pictures for NAME.md.
     """
     from mnist_pipeline.promotion.ci_report.comment import write_ci_report
 
     write_ci_report(base, out, log, artifacts)
 
 
-@mnist.command()
+@mnist.command("serve")
 @click.option("--host", default="127.0.0.1", help="Where to listen.")
 @click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any free one.")
-@click.option("--model", type=_PATH, help=f"The model file. Default: models:/mnist@champion or, if none, {MODEL}.")
-def serve(host: str, port: int, model: Path | None) -> None:
+@click.option(
+    "--model", type=_PATH, help=f"The model file. Default: the champion, models:/mnist@champion, else {MODEL}."
+)
+def serve_command(host: str, port: int, model: Path | None) -> None:
     """Serve a page to draw a digit on, and its API."""
     from mnist_pipeline.serving.service import run_service
 
     run_service(host, port, model)
 
 
-@mnist.command()
+@mnist.command("gate")
 @_json_option
-def gate(as_json: bool) -> None:
-    """Judge the model here by the gate of params.yaml.
+def gate_command(as_json: bool) -> None:
+    """Judge the model here by the gate in params.yaml.
 
-    Each rule is listed with its bound, what was found, and the verdict. The exit code is 1 if the model fails.
+    Print each rule with its bound, the value found and the verdict. The exit code is 1 if the model fails.
     """
     from mnist_pipeline.promotion.gate import judge, render_verdicts
 
@@ -147,14 +151,15 @@ def gate(as_json: bool) -> None:
     sys.exit(not passed)
 
 
-@mnist.command()
+@mnist.command("promote")
 @click.option("--reason", default="", help="Why, for the record.", show_default=False)
 @click.option("--rollback", is_flag=True, help="Undo the last promotion: the previous champion is the champion again.")
-def promote(reason: str, rollback: bool) -> None:
+def promote_command(reason: str, rollback: bool) -> None:
     """Make the model here the champion, if it passes the gate.
 
-    It becomes a version of MLflow's registered model and the challenger. If it passes, it becomes mnist@champion, and
-    the former champion the previous one; if not, the exit code is 1. The tags of each version keep its history.
+    The model becomes a version of MLflow's registered model and the challenger. If it passes, it becomes
+    mnist@champion, and the former champion becomes mnist@previous. If it fails, the exit code is 1. The tags of each
+    version keep its history.
     """
     from mnist_pipeline.promotion.promote import promote_model, roll_back
 
@@ -164,31 +169,30 @@ def promote(reason: str, rollback: bool) -> None:
         promote_model(reason)
 
 
-@mnist.command()
+@mnist.command("add")
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--name", help="The addition's name. Default: the directory's.")
 @click.option("--normalize", is_flag=True, help="Bring other pictures to MNIST's form, as `mnist predict` does.")
-def add(source: Path, name: str | None, normalize: bool) -> None:
+def add_command(source: Path, name: str | None, normalize: bool) -> None:
     """Check labelled digits and add them to the training images.
 
-    They are written to data/added/NAME, and DVC tracks them. SOURCE is a directory. It holds directories 0 to 9 with
-    pictures, white on black, 28×28 pixels; or IDX files with the names of MNIST's training images. A copy of an image
-    of MNIST, above all of a test image, is refused.
+    They are written to data/added/NAME, and DVC tracks them. SOURCE holds either directories 0 to 9 of pictures (28×28
+    pixels, white on black) or IDX files with the names of MNIST's training files. Copies of MNIST images are refused.
     """
     from mnist_pipeline.serving.additions import add_digits
 
     add_digits(source, name or source.resolve().name, normalize)
 
 
-@mnist.command()
+@mnist.command("predict")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
 @_model_option
 @_json_option
-def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
+def predict_command(files: tuple[str, ...], model: Path, as_json: bool) -> None:
     """Read the digit in each picture; - is standard input.
 
-    A picture is a drawing, a scan or a photo of one digit in any colours and size, dark on light or light on dark. If
-    one cannot be read, it gets a line on standard error, the others are read all the same, and the exit code is 1.
+    A picture is a drawing, a scan or a photo of one digit in any colours and size, dark on light or light on dark. For
+    one that cannot be read, print a line on standard error, go on with the others, and exit with 1 at the end.
     """
     from mnist_pipeline.serving.classifier import Classifier, classify_files
 
@@ -202,13 +206,13 @@ def predict(files: tuple[str, ...], model: Path, as_json: bool) -> None:
     sys.exit(len(answers) < len(files))
 
 
-@mnist.command()
+@mnist.command("info")
 @_model_option
 @_json_option
-def info(model: Path, as_json: bool) -> None:
+def info_command(model: Path, as_json: bool) -> None:
     """Show the network layer by layer, and the file that holds it.
 
-    While the pipeline's model file is absent, it is the network that params.yaml describes.
+    Before the first training, show the network that params.yaml describes.
     """
     from mnist_pipeline.serving.model_info import read_model_info, render_model_info
 
@@ -216,21 +220,21 @@ def info(model: Path, as_json: bool) -> None:
     print(_to_json(asdict(found)) if as_json else render_model_info(found))
 
 
-@mnist.group()
-def export() -> None:
+@mnist.group("export")
+def export_group() -> None:
     """Write the trained network in another format."""
 
 
-@export.command()
+@export_group.command("onnx")
 @click.argument("path", type=_PATH)
 @_model_option
 @_json_option
-def onnx(path: Path, model: Path, as_json: bool) -> None:
+def onnx_command(path: Path, model: Path, as_json: bool) -> None:
     """Write the trained network as ONNX, if it agrees with PyTorch.
 
     The input is `images` (N, 1, 28, 28) as float32: pixels scaled to 0..1, minus `mean`, divided by `std`; both are in
-    the file's metadata. The output is `log_probabilities` (N, 10). First, ONNX Runtime has to read all test digits of
-    data/raw as PyTorch does, in batches of several sizes.
+    the file's metadata. The output is `log_probabilities` (N, 10). Nothing is written unless ONNX Runtime and PyTorch
+    predict the same for all test digits in data/raw, in batches of several sizes.
     """
     from mnist_pipeline.data.digits import load_digits
     from mnist_pipeline.serving.onnx import export_onnx
@@ -244,12 +248,12 @@ def _to_json(value: object) -> str:
 
 
 def main() -> None:
-    """Run the command; `errors.run` tells how a mistake or an interruption ends it, click how a wrong option does."""
+    """Run the command. `errors.run` ends it after a mistake or an interruption, click after a wrong option."""
     errors.run(_run_click)
 
 
 def _run_click() -> None:
-    """Run the command as click itself would, except that Ctrl-C is not a mistake but an interruption."""
+    """Run the command as click does, but leave Ctrl-C to `errors.run`."""
     try:
         mnist(standalone_mode=False)
     except click.Abort:

@@ -1,4 +1,4 @@
-"""Train the committed commit again in a temporary clone, without any cache, and compare (`make reproduce`)."""
+"""Run the pipeline of HEAD again in a temporary clone, without any cache, and compare (`make reproduce`)."""
 
 import shutil
 import subprocess
@@ -14,13 +14,13 @@ from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, 
 from mnist_pipeline.tracking.git import run_git
 from mnist_pipeline.tracking.provenance import clean_environment
 
-_COMPARED = [LOCK, HISTORY, PREDICTIONS]  # git keeps these, so the new ones can be compared with them
+_COMPARED = [LOCK, HISTORY, PREDICTIONS]  # git holds these, so the clone has the old ones
 
 
 def reproduce_commit() -> None:
-    """Run the whole pipeline at HEAD again; print for each output whether it is the committed one.
+    """Run the whole pipeline at HEAD again; print for each output whether it is identical.
 
-    Exits with 0 if all are, otherwise with 1.
+    Exit with 0 if all outputs are, otherwise with 1.
 
     Raises:
         UserError: there is no commit, it lacks the outputs to compare with, or its pipeline fails.
@@ -61,7 +61,7 @@ def output_digests(lock: Path) -> dict[str, str]:
 
 
 def describe_difference(committed: Path, again: Path) -> str:
-    """Say how much two runs differ: another processor may change the last bits, but seldom a prediction."""
+    """Say how much two runs differ. Another processor may change the last bits, but rarely a prediction."""
     histories = [read_csv(directory / HISTORY) for directory in (committed, again)]
     predictions = [read_csv(directory / PREDICTIONS) for directory in (committed, again)]
     if any(len(first) != len(second) for first, second in (histories, predictions)):

@@ -138,25 +138,25 @@ def test_a_stage_ran_where_the_lock_differs_from_the_bases(changed: Retraining) 
 
 def test_nothing_ran_in_an_unchanged_commit(unchanged: Retraining) -> None:
     report = render_comment(unchanged)
-    assert "**Nothing ran**: `dvc.lock` is the base's." in report
+    assert "**Nothing ran**: `dvc.lock` is the same as in the base." in report
     assert table(report, "Gate") == [["passed", "99.00% → 99.00%", "2 → 2", "nothing"]]
     assert report.count("None changed.") == 2
     assert sections(report)[-2:] == ["Metrics", "Gate"]
 
 
 def test_dvcs_log_overrides_the_lock(changed: Retraining, unchanged: Retraining) -> None:
-    assert "**Nothing ran**: no stage had to." in render_comment(replace(changed, executed=[]))
+    assert "**Nothing ran**: no stage had to run." in render_comment(replace(changed, executed=[]))
     restored = rows(render_comment(replace(changed, executed=["evaluate"])))
-    assert restored["`train`"] == ["no", "`train.learning_rate` changed; its outputs are committed, or from a cache"]
+    assert restored["`train`"] == ["no", "`train.learning_rate` changed; its outputs are committed or were cached"]
     assert restored["`evaluate`"][0] == "**yes**"
     again = rows(render_comment(replace(unchanged, executed=["train"])))
-    assert again["`train`"] == ["**yes**", "its outputs were in no cache"]
+    assert again["`train`"] == ["**yes**", "no cache had its outputs"]
     assert again["`evaluate`"] == ["no", "nothing changed"]
 
 
 def test_other_outputs_of_the_same_inputs_are_reported(changed: Retraining) -> None:
     report = render_comment(replace(changed, head=state(changed.head.directory, model="2")))
-    assert rows(report)["`train`"][1].startswith("other outputs of the same inputs")
+    assert rows(report)["`train`"][1].startswith("same inputs but other outputs")
 
 
 def test_params_that_differ_are_listed(changed: Retraining) -> None:
@@ -183,7 +183,7 @@ def test_with_a_study_the_spread_is_that_over_its_seeds(changed: Retraining) -> 
     assert found["`test_accuracy`"][3:] == [f"{100 * spread:.3f} points", "within"]
     assert found["`test_misclassified`"][3:] == [f"{200 * spread:.1f}", "within"]
     assert found["`test_undisputed_accuracy`"][3].endswith("*")  # which this study did not measure
-    assert "of the 3 seeds of `reports/studies/specification.csv`" in report
+    assert "over the 3 seeds of `reports/studies/specification.csv`" in report
 
 
 @pytest.mark.parametrize(("deviation", "verdict"), [(0.0036, "within"), (0.0035, "**beyond**")])
@@ -244,12 +244,12 @@ def test_mistakes_are_new_or_mended_the_surest_first(changed: Retraining) -> Non
 def test_mistakes_on_other_test_images_are_not_compared(changed: Retraining) -> None:
     fewer = replace(changed.after, predictions=changed.after.predictions[:-1])
     report = render_comment(replace(changed, after=fewer))
-    assert "The base was tested on other images: no mistake can be told to be new." in report
+    assert "The base was tested on other images, so this report cannot tell which mistakes are new." in report
 
 
 def test_a_run_that_is_always_wrong_fits_into_a_comment(changed: Retraining, tmp_path: Path) -> None:
     report = render_comment(replace(changed, after=results(tmp_path, wrong(*range(200)), epochs=100)))
-    assert "New, the surest 20 of 198" in report
+    assert "New, the 20 most confident of 198" in report
     assert len(report) < 65_536
 
 
@@ -263,7 +263,7 @@ def test_without_a_base_the_figures_stand_alone(changed: Retraining) -> None:
 
 def test_a_base_without_reports_is_reported_with_the_remedy(changed: Retraining) -> None:
     report = render_comment(replace(changed, before=None))
-    assert "The base has no reports to compare with: `make repro` in it, then commit what it wrote." in report
+    assert "The base has no reports to compare with: run `make repro` there and commit the outputs." in report
     assert table(report, "Param")
 
 
@@ -359,7 +359,9 @@ def test_the_null_revision_is_no_base(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("address", ["javascript:alert(1)", "https://a b", "https://a>)|", "x"])
 def test_a_wrong_address_ends_in_one_line(address: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--artifacts must be an address that begins with https://, and is "):
+    with pytest.raises(
+        UserError, match=r"^--artifacts must be an address that begins with https:// or http://, and is "
+    ):
         write_ci_report("HEAD", tmp_path / "report.md", artifacts=address)
 
 
@@ -423,7 +425,7 @@ def test_an_unchanged_commit_is_reported_twice_alike(tmp_path: Path) -> None:
     write_ci_report("HEAD", tmp_path / "other.md", log)
     report = (tmp_path / "one.md").read_text(encoding="utf-8")
     assert report == (tmp_path / "other.md").read_text(encoding="utf-8")
-    assert "**Nothing ran**: `dvc.lock` is the base's." in report
+    assert "**Nothing ran**: `dvc.lock` is the same as in the base." in report
     assert report.count("None changed.") == 2
     assert "The training took about" in report
     assert "older than" not in report

@@ -94,10 +94,10 @@ def test_other_data_pass_if_the_params_allow_them() -> None:
     assert verdict == Verdict("data", "any", "other than version 3's", True)
 
 
-@pytest.mark.parametrize("in_order", [True, False])
-def test_only_the_first_champion_needs_no_champion(in_order: bool) -> None:
-    verdicts = decide(BOUNDS, CANDIDATE, NoChampion("the reason", in_order))
-    assert failed(verdicts) == ([] if in_order else [BESIDE, "data"])
+@pytest.mark.parametrize("acceptable", [True, False])
+def test_only_the_first_champion_needs_no_champion(acceptable: bool) -> None:
+    verdicts = decide(BOUNDS, CANDIDATE, NoChampion("the reason", acceptable))
+    assert failed(verdicts) == ([] if acceptable else [BESIDE, "data"])
     assert [verdict.value for verdict in verdicts if verdict.rule in (BESIDE, "data")] == ["the reason"] * 2
 
 
@@ -138,7 +138,7 @@ def test_the_committed_model_meets_the_committed_bounds() -> None:
     found = Candidate(
         metrics["test_accuracy"], metrics["parameters"], metrics["test_calibration_error"], "1" * 64, [], []
     )
-    assert not failed(decide(load_bounds(ROOT / "params.yaml"), found, NoChampion("none yet", in_order=True)))
+    assert not failed(decide(load_bounds(ROOT / "params.yaml"), found, NoChampion("none yet", acceptable=True)))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_no_model_passes_beside_a_champion_that_cannot_be_tested(
     crown(store, tmp_path / "other/model.safetensors", digits[:100], digest)
     found = look_up_champion(digits, 100)
     assert isinstance(found, NoChampion)
-    assert not found.in_order
+    assert not found.acceptable
     assert said in found.reason
     assert len(found.reason.splitlines()) == 1
 
@@ -239,7 +239,7 @@ def test_no_model_passes_if_the_store_fails(store: Store, tmp_path: Path, digits
     (tmp_path / "mlflow.db").write_text("no database")
     found = look_up_champion(digits, 100)
     assert isinstance(found, NoChampion)
-    assert not found.in_order
+    assert not found.acceptable
     assert found.reason.startswith("MLflow at sqlite:")
     assert len(found.reason.splitlines()) == 1
 
@@ -247,7 +247,7 @@ def test_no_model_passes_if_the_store_fails(store: Store, tmp_path: Path, digits
 def test_looking_for_a_champion_makes_no_store(tmp_path: Path, digits: Digits) -> None:
     with isolated_tracking(tmp_path):
         (tmp_path / "mlflow.db").unlink()
-        assert look_up_champion(digits, 100) == NoChampion("none yet in MLflow at mlflow.db", in_order=True)
+        assert look_up_champion(digits, 100) == NoChampion("none yet in MLflow at mlflow.db", acceptable=True)
         assert not list(tmp_path.iterdir())
 
 

@@ -21,7 +21,7 @@ def test_it_shows_every_layer_in_a_table(trained_model: Path) -> None:
     result = mnist_info("--model", str(trained_model))
     lines = result.stdout.splitlines()
     assert (result.exit_code, lines[0]) == (0, f"{trained_model}: SHA-256 {sha256(trained_model)}")
-    assert lines[1] == "The mean 0.1307 is taken from each pixel (0 to 1); the rest is divided by 0.3081."
+    assert lines[1] == "Pixels (0 to 1) are normalised: minus the mean 0.1307, divided by 0.3081."
     table = lines[3:]
     cells = [re.split(r" {2,}", line) for line in table]
     assert cells[0] == ["layer", "kind", "output", "parameters", "receptive field"]

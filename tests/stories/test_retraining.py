@@ -121,7 +121,7 @@ def test_a_worse_pull_request_takes_its_model_from_the_cache_and_fails_the_gate(
     comment = team.comments["worse"]
     assert team.executed["worse"] == ["report"]  # DVC's run cache takes no folder that is out of the cache
     assert rows(comment)["`train`"][0] == "no"
-    assert rows(comment)["`train`"][1].endswith(" changed; its outputs are committed, or from a cache")
+    assert rows(comment)["`train`"][1].endswith(" changed; its outputs are committed or were cached")
     assert table(comment, "Param") == [["`train.epochs`", "`8`", "`2`"], ["`train.batch_size`", "`16`", "`64`"]]
     assert rows(comment)["`test_accuracy`"][2].startswith("-")
     assert table(comment, "Gate")[0][0] == "**failed**: beside the champion"
@@ -247,7 +247,7 @@ def test_the_base_is_promoted(story: Retraining) -> None:
 @pytest.mark.thorough
 def test_nothing_runs_for_an_unchanged_commit_and_the_comment_says_so(story: Retraining) -> None:
     assert story.executed["unchanged"] == []
-    assert "**Nothing ran**: `dvc.lock` is the base's." in story.comments["unchanged"]
+    assert "**Nothing ran**: `dvc.lock` is the same as in the base." in story.comments["unchanged"]
     assert story.verdict("unchanged") == "passed"
 
 

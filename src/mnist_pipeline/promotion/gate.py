@@ -45,7 +45,7 @@ class _GateSection(Section):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a rule asks for and what it found, both as text, and whether that passes."""
+    """A rule's bound and the value found, both as text, and whether the value passes."""
 
     rule: str
     bound: str
@@ -55,7 +55,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What the gate knows about the model in the workspace, and the files and stages that are not as committed."""
+    """What the gate knows about the model here, with uncommitted files and stages that are not up to date."""
 
     accuracy: float
     parameters: int
@@ -76,10 +76,10 @@ class Champion:
 
 @dataclass(frozen=True)
 class NoChampion:
-    """Why there is no champion to compare with; `in_order` if there has never been one."""
+    """Why there is no champion to compare with, and whether that is acceptable: only if there is none yet."""
 
     reason: str
-    in_order: bool
+    acceptable: bool
 
 
 def judge() -> list[Verdict]:
@@ -131,7 +131,7 @@ def _compare_with_champion(
     accuracy = ("beside the champion", f"at most {100 * bounds.margin:.2f} points worse on the same test images")
     data = ("data", "any" if bounds.changed_data else "the champion's")
     if isinstance(champion, NoChampion):
-        return [Verdict(*rule, champion.reason, champion.in_order) for rule in (accuracy, data)]
+        return [Verdict(*rule, champion.reason, champion.acceptable) for rule in (accuracy, data)]
     better = round(candidate.accuracy - champion.accuracy, 9)  # floats: 0.995 - 0.993 is more than 0.002
     same = candidate.data_sha256 == champion.data_sha256
     comparison = f"{100 * better:+.2f} points: {champion.name} has {champion.accuracy:.2%}"
@@ -158,7 +158,7 @@ def _look_at_candidate() -> Candidate:
 
 
 def _list_changes(command: Sequence[str], names: Callable[[str], list[str]]) -> list[str]:
-    """Return the names in what a command prints; if it fails, its error, so that nothing counts as clean."""
+    """Return the names in a command's output; if it fails, its error, so that a failure does not count as clean."""
     process = subprocess.run(command, capture_output=True, text=True, check=False)
     if process.returncode != 0:
         return [f"{command[0]} failed: {' '.join(process.stderr.split())}"]
@@ -169,21 +169,14 @@ def look_up_champion(digits: Digits, batch_size: int) -> Champion | NoChampion:
     """Return the registry's champion with its accuracy on these test images, or why there is none to compare with."""
     try:
         if (version := find_champion()) is None:
-            return NoChampion(f"none yet in MLflow at {store_address()}", in_order=True)
+            return NoChampion(f"none yet in MLflow at {store_address()}", acceptable=True)
         return Champion(str(version), _accuracy_of(version, digits, batch_size), version.data_sha256)
     except UserError as error:
-        return NoChampion(str(error), in_order=False)
+        return NoChampion(str(error), acceptable=False)
 
 
 def _accuracy_of(version: ModelVersion, digits: Digits, batch_size: int) -> float:
-    """Return the share of images that a version of the registered model reads right.
-
-    If these images tested it, its run has the figure. Else its model file must be loaded, which needs the architecture
-    that the code has today.
-
-    Raises:
-        UserError: the file is absent or of another architecture.
-    """
+    """Return a version's accuracy on these images: from its run if that tested the same images, else test it now."""
     if version.tested_on(digits):
         return version.metrics["test_accuracy"]
     with TemporaryDirectory() as directory:
@@ -194,5 +187,5 @@ def _accuracy_of(version: ModelVersion, digits: Digits, batch_size: int) -> floa
 
 def render_verdicts(verdicts: Sequence[Verdict]) -> str:
     """Return verdicts as a Markdown table."""
-    rows = [(one.rule, one.bound, one.value, "passed" if one.passed else "**failed**") for one in verdicts]
+    rows = [(each.rule, each.bound, each.value, "passed" if each.passed else "**failed**") for each in verdicts]
     return markdown_table(["rule", "bound", "value", "verdict"], rows)

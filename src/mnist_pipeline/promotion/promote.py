@@ -1,4 +1,4 @@
-"""Make the model in the workspace the registry's champion, and undo it (`mnist promote`)."""
+"""Make the model in the workspace the registry's champion, or undo that (`mnist promote`)."""
 
 import os
 import platform
@@ -58,7 +58,7 @@ def roll_back(reason: str) -> None:
 
 
 def _describe_move(reason: str) -> dict[str, str]:
-    """Return who makes a move (as git names a committer, else account and machine), at which commit and why."""
+    """Return who makes a move (git's committer, else account and machine), the commit and the reason."""
     identity, _, _ = run_git("var", "GIT_COMMITTER_IDENT").rpartition(" <")
     account = f"{os.environ.get('USER', 'unknown')} at {platform.node()}"
     return {"by": identity or account, "commit": commit_tags()["git_commit"], "reason": reason}

@@ -1,1 +1,1 @@
-"""A trained network at work: it reads pictures and serves a page, is exported and described, and gets new digits."""
+"""Use a trained network: read pictures, serve a page, export it, describe it, and add digits to train on."""

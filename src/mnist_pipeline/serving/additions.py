@@ -19,14 +19,14 @@ from mnist_pipeline.data.digits import CLASSES, FILES, SIDE, Digits, read_part
 from mnist_pipeline.data.training_set import check_additions, read_additions
 from mnist_pipeline.serving.preprocessing import name_in_errors, open_image, simplify_image, to_mnist_image
 
-_IMAGES, _LABELS = FILES[:2]  # the names of MNIST's training files are those of an addition's, too
+_IMAGES, _LABELS = FILES[:2]  # an addition's files have the names of MNIST's training files
 
 
 def add_digits(source: Path, name: str, normalize: bool) -> None:
     """Check the digits in a directory, write all of them to `data/added/<name>` and have DVC track them.
 
     Raises:
-        UserError: the name is taken or not allowed, a digit cannot be read or must not train, or DVC fails.
+        UserError: the name is taken or not allowed, a digit cannot be read or is refused, or DVC fails.
     """
     addition = ADDED / name
     if not re.fullmatch(r"[\w-]+", name):
@@ -43,7 +43,7 @@ def add_digits(source: Path, name: str, normalize: bool) -> None:
         written.rename(addition)
     print(f"{addition}: {len(digits):,} images; by class, 0 to 9: {digits.per_class()}", flush=True)
     if subprocess.run(["dvc", "add", "--quiet", str(addition)], check=False).returncode != 0:
-        raise UserError(f"DVC does not track {addition} (its error is above): mend that, then run `dvc add {addition}`")
+        raise UserError(f"DVC does not track {addition} (its error is above): fix that, then run `dvc add {addition}`")
     print(f"Commit {addition}.dvc; `make repro` trains on them")
 
 

@@ -1,4 +1,4 @@
-"""A model file for people and programs (`mnist info`): its digest, its normalisation, its network layer by layer."""
+"""Describe a model file (`mnist info`): its digest, its normalisation, its network layer by layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from mnist_pipeline.model.network import Net
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A network, its normalisation and its file; the network of `params.yaml` has neither `model` nor `sha256`."""
+    """A network, its normalisation and its file; `model` and `sha256` are None for the network of `params.yaml`."""
 
     model: str | None
     sha256: str | None
@@ -29,7 +29,7 @@ def read_model_info(path: Path) -> ModelInfo:
     """Describe the network in a model file, or the one of `params.yaml` while the pipeline's model file is absent.
 
     Raises:
-        UserError: another file is absent, or the file is not a model.
+        UserError: any other file is absent, or the file is not a model.
     """
     if untrained := path == MODEL and not path.exists():
         params = load_params()
@@ -71,4 +71,4 @@ def render_model_info(info: ModelInfo) -> str:
         disable_numparse=True,
         colalign=("left", "left", "left", "right", "right"),
     )
-    return f"{file}\nThe mean {mean:g} is taken from each pixel (0 to 1); the rest is divided by {std:g}.\n\n{table}"
+    return f"{file}\nPixels (0 to 1) are normalised: minus the mean {mean:g}, divided by {std:g}.\n\n{table}"

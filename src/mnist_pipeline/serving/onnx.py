@@ -15,7 +15,7 @@ from mnist_pipeline.data.digits import SIDE, Digits
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import TrainedModel, load_model
 
-TOLERANCE = 1e-4  # nats: the largest difference allowed between the log-probabilities of both
+TOLERANCE = 1e-4  # nats: the largest difference allowed between ONNX Runtime's and PyTorch's log-probabilities
 _INPUT, _OUTPUT = "images", "log_probabilities"
 _BATCH_SIZES = [1, 32, 1000]
 
@@ -40,7 +40,7 @@ class Agreement:
 
 
 def export_onnx(model_file: Path, path: Path, digits: Digits) -> Agreement:
-    """Write a model file's network as ONNX if ONNX Runtime predicts the same for all digits as PyTorch.
+    """Write a model file's network as ONNX, if ONNX Runtime agrees with PyTorch on all digits.
 
     The same model gives the same bytes.
 

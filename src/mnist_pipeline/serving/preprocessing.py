@@ -14,14 +14,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.data.digits import SIDE
 
-MAX_PIXELS = 50_000_000  # a picture with more is not decoded
+MAX_PIXELS = 50_000_000  # larger pictures are not decoded
 _BOX = 20  # pixels: a digit is scaled to fit a square of this side
 _FINE = 500  # pixels: the longer side of a picture is shrunk to this
 _COARSE = 100  # pixels or a little more: at this size noise and dust are averaged away
 _MIDDLE = 0.85  # of the way from a picture's middle to its edge; there is rarely ink beyond
 _DARK = 16  # of 255 levels, added to a background's brightness, which may be 0
 _FAINTEST_INK = 8  # of 255 levels: ink differs from its background at least by this
-_FAINT = 0.12  # of the strongest ink: paler ink, such as the fringes of JPEG, does not count for a digit's extent
+_FAINT = 0.12  # of the strongest ink: a digit's extent leaves out paler ink, such as JPEG's fringes
 _ROUNDING = 1e-5  # pixels: a sum of floats may be off by this
 _MARGIN = 0.1  # of a digit's size: what is further away is not part of it
 
@@ -97,7 +97,7 @@ def simplify_image(image: Image.Image) -> Image.Image:
     image.thumbnail((_FINE, _FINE), Image.Resampling.BOX)
     if image.mode == "RGB" and len({band.tobytes() for band in image.split()}) == 1:
         image = image.getchannel("R")  # grey: one channel takes half the time of three
-    if image.mode == "F":  # this mode does not tell its range
+    if image.mode == "F":  # floats have no fixed range
         values = np.nan_to_num(np.asarray(image), posinf=0, neginf=0).astype(np.float64)
         low, high = float(values.min()), float(values.max())
         image = Image.fromarray((values - low) * (255 / (high - low or 1)))
@@ -107,8 +107,8 @@ def simplify_image(image: Image.Image) -> Image.Image:
 def _find_ink(image: Image.Image) -> _Array:
     """Measure the ink in each pixel (height, width) of the part of a simplified picture that holds a digit.
 
-    Anti-aliasing mixes ink with its background, so each pixel's colour lies on the line between both colours; how far
-    along is its ink. Alpha counts as a colour channel: even black ink stands out from a transparent background.
+    Anti-aliasing mixes the colours of ink and background, so each pixel's colour lies on the line between both. The
+    distance from the background is its ink. Alpha is one more channel, so black ink stands out from transparency.
 
     Raises:
         UserError: there is no ink.
@@ -116,7 +116,7 @@ def _find_ink(image: Image.Image) -> _Array:
     pixels = _to_array(image.reduce(max(1, max(image.size) // _COARSE)))
     background = _fit_background(pixels)
     difference = pixels - np.moveaxis(_evaluate(background, *pixels.shape[:2]), 0, 2)
-    # The cube gives the largest differences the most weight in the line's direction.
+    # The squares give the largest differences the most weight in the line's direction.
     direction = np.square(_lengths(difference)).ravel() @ difference.reshape(-1, difference.shape[2])
     direction /= np.linalg.norm(direction) or 1
     coarse = difference @ direction
@@ -132,9 +132,7 @@ def _find_ink(image: Image.Image) -> _Array:
         ink = np.asarray(Image.fromarray(ink).reduce(2))
     # Averaging makes dust paler than thin lines; noise must not count, however faint the ink is.
     digit = ink[_crop_around(coarse > max(peak / 3, min(5 * _estimate_noise(coarse), peak / 2)), *ink.shape)]
-    floor = max(
-        0.5, min(5 * _estimate_noise(ink), digit.max() / 2)
-    )  # less than half a level comes from rounding floats
+    floor = max(0.5, min(5 * _estimate_noise(ink), digit.max() / 2))  # rounding errors stay below half a level
     return np.where(digit < floor, np.float32(0), digit)
 
 
@@ -146,9 +144,9 @@ def _to_array(image: Image.Image) -> _Array:
 def _fit_background(pixels: _Array) -> _Array:
     """Fit a biquadratic surface to each channel of pixels (height, width, channels), ignoring what stands out from it.
 
-    The fit is repeated with the pixels near the last surface, from two starts: the pixels near the median of the
-    outermost ones, and a broad border. Of both results, the one nearer to a quarter of the pixels is taken: ink may
-    cover more than half. Returns the coefficients (channels, 3, 3) of the powers of y and x, for `_evaluate`.
+    It starts from the pixels near the median of the outermost ones, and again from a broad border, and repeats the fit
+    with the pixels near the last surface. It keeps the result that is closer to its nearest quarter of the pixels: ink
+    may cover more than half. Returns the coefficients (channels, 3, 3) of the powers of y and x, for `_evaluate`.
     """
     height, width, channels = pixels.shape
     step = 1 + max(height, width) // 50  # two thousand samples are enough
@@ -192,7 +190,7 @@ def _brighten_shade(background: _Array, height: int, width: int) -> _Array:
 
 
 def _powers(count: int) -> _Array:
-    """Return 1, x and x² (count, 3) at the centres of pixels that divide the range from -1 to 1."""
+    """Return 1, x and x² (count, 3) at the centres of `count` equal pixels from -1 to 1."""
     x = (2 * np.arange(count, dtype=np.float32) + 1) / count - 1
     return np.stack([np.ones_like(x), x, x * x], axis=1)
 
@@ -233,7 +231,7 @@ def _place_digit(ink: _Array) -> NDArray[np.uint8]:
     for axis, (start, stop) in enumerate(bounds):
         mass = ink.sum(axis=1 - axis, dtype=np.float64)
         centre = float(mass @ (np.arange(len(mass)) + 0.5)) / float(mass.sum())
-        # By whole pixels, and 0 to 1 beyond the middle: as in all of MNIST's 70,000 images except two.
+        # Whole pixels, 0 to 1 of them beyond the middle, as in all but two of MNIST's 70,000 images.
         first = math.ceil(SIDE / 2 - scale * (centre - start) - _ROUNDING)
         corner.append(start - min(max(first, 0), SIDE - math.ceil(scale * (stop - start) - _ROUNDING)) / scale)
     (top, left), side = corner, SIDE / scale

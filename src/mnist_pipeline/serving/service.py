@@ -73,17 +73,16 @@ class ErrorResponse(BaseModel):
 
 
 def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
-    """Build the service. It answers only requests to the given host names.
-
-    So a web page elsewhere cannot call it under a name that was made to lead here (DNS rebinding).
-    """
+    """Build the service. It answers only requests to the given host names, which prevents DNS rebinding."""
     app = FastAPI(
         title="Handwritten digits",
         version=version("mnist-pipeline"),
         docs_url=None,  # these pages would load scripts from elsewhere
         redoc_url=None,
         redirect_slashes=False,
-        responses={400: {"description": "Another host's name", "content": {"text/plain": {}}}},
+        responses={
+            400: {"description": "The service does not answer to this host name", "content": {"text/plain": {}}}
+        },
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     page, headers = _load_page()
@@ -97,7 +96,7 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
     def draw() -> Response:
         return HTMLResponse(page, headers=headers)
 
-    @app.get("/healthz", summary="Tell that the service is up, and which model answers")
+    @app.get("/healthz", summary="Check that the service is up, and see which model answers")
     def healthz() -> HealthResponse:
         return HealthResponse(status="ok", model=model)
 
@@ -158,7 +157,7 @@ def _encode_png(pixels: NDArray[np.uint8]) -> str:
 
 
 def _load_page() -> tuple[str, dict[str, str]]:
-    """Return the page and its headers, which let it run its own script and style and load nothing else."""
+    """Return the page and its headers, which allow only its own script and style and requests to this server."""
     page = files("mnist_pipeline.serving").joinpath("draw.html").read_text(encoding="utf-8")
 
     def digest(tag: str) -> str:
@@ -200,10 +199,10 @@ def run_service(host: str, port: int, path: Path | None) -> None:
     Raises:
         UserError: there is no model, or the address is not free.
     """
-    sys.setswitchinterval(0.0005)  # so that the network's thread waits less for the threads that compute
+    sys.setswitchinterval(0.0005)  # the thread that answers requests waits less for those that compute
     with suppress(KeyboardInterrupt), open_socket(host, port) as listening:
         classifier, model = load_classifier(path)
-        classifier.classify(np.zeros((SIDE, SIDE), np.uint8))  # the first time takes longest
+        classifier.classify(np.zeros((SIDE, SIDE), np.uint8))  # the first call is slow
         app = create_app(classifier, model, allowed_hosts(host))
         address = f"http://{_in_url(host)}:{listening.getsockname()[1]}"
         print(f"Serving {model.source} (SHA-256 {model.sha256[:12]}) at {address}", flush=True)
@@ -228,7 +227,7 @@ def open_socket(host: str, port: int) -> socket.socket:
 
 
 def allowed_hosts(host: str) -> list[str]:
-    """Return the names under which a service that listens at a host answers: any, if it listens everywhere."""
+    """Return the host names that a service at this address answers to: any, if it listens on all addresses."""
     with suppress(ValueError):
         if ip_address(host).is_unspecified:
             return ["*"]

@@ -17,7 +17,7 @@ _COUNTS = ("test_correct", "test_misclassified")
 
 @dataclass(frozen=True)
 class Execution:
-    """Whether a stage ran, whether the base has it and, if so, which inputs changed and whether the outputs did."""
+    """A stage: did it run, is it in the base, which inputs changed, and are the outputs the same?"""
 
     name: str
     ran: bool
@@ -28,9 +28,9 @@ class Execution:
 
 @dataclass(frozen=True)
 class MetricDifference:
-    """A metric's value in the base and in this run, None where it has none; their difference, if both are numbers.
+    """A metric's value in the base and in this run (None if absent), and the difference if both are numbers.
 
-    In 19 of 20 cases two runs that differ in their seeds alone are less than `spread` apart, None if unknown. It comes
+    19 times in 20, two runs that differ only in their seeds differ by less than `spread` (None if unknown). It comes
     from the seeds of the specification's study or, if `binomial`, from the number of test images.
     """
 
@@ -46,7 +46,7 @@ class MetricDifference:
 class Retraining:
     """This run beside its base. Without a base, `commit` is empty and `base` None.
 
-    `before` is None if the base has no results, `executed` if nobody knows which stages DVC ran.
+    `before` is None if the base has no results; `executed`, the stages that DVC ran, is None without DVC's log.
     """
 
     commit: str
@@ -61,11 +61,11 @@ class Retraining:
 
     @property
     def study(self) -> Study:
-        """The seeds of the specification, none without a study."""
+        """The specification's study; without rows if there is none."""
         return next((study for study in self.after.studies if study.name == SPECIFICATION), Study(SPECIFICATION, []))
 
     def executions(self) -> list[Execution]:
-        """Tell which stages ran: those that DVC ran or, if that is unknown, those that `dvc.lock` shows to differ."""
+        """Return whether each stage ran: by `executed` or, if that is None, by what changed in `dvc.lock`."""
         found = []
         for name, stage in self.head.stages.items():
             known = self.base.stages.get(name) if self.base else None
@@ -76,7 +76,7 @@ class Retraining:
         return found
 
     def changed_params(self) -> list[str]:
-        """Name the params that differ from the base's."""
+        """Return the names of the params that differ from the base's."""
         return changed_names(self.base.params if self.base else {}, self.head.params)
 
     def changed_metrics(self) -> list[MetricDifference]:
@@ -93,13 +93,13 @@ class Retraining:
         return found
 
     def confusions(self) -> list[list[tuple[int, int]]]:
-        """Count for each label how often it got each prediction, in the base (if it has results) and in this run."""
+        """Return the confusion matrix, label by prediction, as counts (base, this run); equal without a base."""
         after = self.after.confusion.tolist()
         before = self.before.confusion.tolist() if self.before else after
         return [list(zip(*counts, strict=True)) for counts in zip(before, after, strict=True)]
 
     def mistakes(self) -> dict[str, list[tuple[ResultRow, ResultRow]]] | None:
-        """Return the predictions before and after, for the images that are newly wrong (`new`) and right (`mended`).
+        """Return both predictions of each image that only this run (`new`) or only the base (`mended`) reads wrong.
 
         The most confident mistakes come first. Return None if the base has no results on the same labels.
         """
@@ -112,10 +112,7 @@ class Retraining:
         }
 
     def _standard_deviation(self, name: str, value: float) -> float | None:
-        """Return a metric's standard deviation over the study's seeds or, for a share of images, its binomial error.
-
-        Without a study it is unknown for a loss or the calibration error.
-        """
+        """Return the deviation over the study's seeds, or the binomial error of a share of images; None if unknown."""
         total = self.after.metrics["test_total"]
         if name in _COUNTS:
             share = self._standard_deviation("test_accuracy", value / total)

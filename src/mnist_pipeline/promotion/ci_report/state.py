@@ -49,16 +49,16 @@ class State:
         return load_results(*(self.directory / path for path in tables))
 
     def outdated(self) -> list[str]:
-        """Name the params, files and folders that changed after the stages read them."""
+        """Return the names of params, files and folders that changed after the stages read them."""
         recorded = {name: value for stage in self.stages.values() for name, value in stage_inputs(stage).items()}
         files = {name: md5 for name in recorded if (md5 := _dvc_md5(self.directory / name))}
         return [name for name, value in {**self.params, **files}.items() if recorded.get(name, value) != value]
 
 
 def check_out(revision: str, directory: Path) -> str:
-    """Extract a revision's files into a directory and return its commit; do nothing for git's null revision.
+    """Extract a revision's files into a directory and return its commit.
 
-    The null revision is all zeros: CI gives it as the state of a branch before its first push.
+    For git's null revision (all zeros, which CI gives before a branch's first push) return an empty string.
 
     Raises:
         UserError: the revision does not exist.
@@ -75,23 +75,21 @@ def check_out(revision: str, directory: Path) -> str:
 
 
 def stage_inputs(stage: Mapping[str, Any]) -> dict[str, object]:
-    """Return by name what `dvc.lock` has of a stage's command, params, files and folders; the last two by their MD5."""
+    """Return what `dvc.lock` records of a stage's inputs: its command, params by name, and the MD5 of each path."""
     params = {name: value for values in stage.get("params", {}).values() for name, value in flatten(values).items()}
     return {"cmd": stage.get("cmd"), **params, **{path["path"]: path.get("md5") for path in stage.get("deps", [])}}
 
 
 def changed_names(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
-    """Name the entries that differ between two mappings."""
+    """Return the keys whose values differ between two mappings."""
     return [name for name in {**before, **after} if before.get(name) != after.get(name)]
 
 
 def _dvc_md5(path: Path) -> str | None:
-    """Return the MD5 that DVC gives a file or a folder: a folder's is that of the list of its files, as JSON.
-
-    Return None if nothing is there, or a *.dvc file in it says that git does not hold all of the folder.
-    """
+    """Return DVC's MD5 of a file or folder; None if it is absent, or if git does not hold all of the folder."""
     if path.is_file():
         return _md5(path.read_bytes())
+    # DVC hashes a folder as the JSON list of its files. A *.dvc file stands for files outside git.
     files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
     if not files or any(name.endswith(".dvc") for name in files):
         return None
