@@ -18,13 +18,7 @@ CHART_WIDTH = 460  # pixels, of a PNG; on the page a chart fills its column
 ORANGE, BLUE, GREY, RED = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"
 _FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
 _INK = "currentColor"  # the page's text colour, light or dark; black in a PNG
-_TEXT = {
-    "labelColor": _INK,
-    "titleColor": _INK,
-    "labelFontSize": 12,
-    "titleFontSize": 12,
-    "titleFontWeight": "normal",
-}
+_TEXT = {"labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
 _AXIS = {"domainColor": _INK, "tickColor": _INK, "domainOpacity": 0.5, "tickOpacity": 0.5}
 
 

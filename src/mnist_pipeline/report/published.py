@@ -13,13 +13,5 @@ TEST_CORRECT = [9826, 9873, 9903, 9921, 9922, 9936, 9928, 9931, 9938, 9938, 9935
 TEST_ACCURACY = [correct / TEST_IMAGES for correct in TEST_CORRECT]
 
 # The parameters of each convolution with its batch normalisation.
-LAYER_PARAMETERS = {
-    "conv1": 72,
-    "conv2": 570,
-    "conv3": 1488,
-    "conv4": 2646,
-    "conv5": 5280,
-    "conv6": 6984,
-    "conv7": 2170,
-}
-BLOCK_PARAMETERS = {"block1": 642, "block2": 4134, "block3": 14434}
+LAYER_PARAMETERS = dict(conv1=72, conv2=570, conv3=1488, conv4=2646, conv5=5280, conv6=6984, conv7=2170)
+BLOCK_PARAMETERS = dict(block1=642, block2=4134, block3=14434)

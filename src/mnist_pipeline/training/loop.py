@@ -45,9 +45,7 @@ class Training:
 
 def start_training(model: nn.Module, params: TrainParams) -> Training:
     """Return a training of the model before its first epoch."""
-    average = None
-    if params.averaging:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.averaging))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(params.averaging)) if params.averaging else None
     return Training(model, build_optimizers(model, params), average, [])
 
 
