@@ -1,1 +1,1 @@
-"""What the pipeline costs, and how measured figures get into the pages. Using the pipeline needs none of it."""
+"""Measure what the pipeline costs, and copy figures into the pages. The pipeline itself does not need this folder."""

@@ -33,7 +33,7 @@ from mnist_pipeline.tracking.provenance import clean_environment
 from mnist_pipeline.training.loop import start_training, train
 
 ROUNDS = 3
-RECIPES = ["specification", "fast"]  # whose whole trainings are timed
+RECIPES = ["specification", "fast"]  # trained to the end
 STAGES = ["download", "train", "evaluate", "report"]
 _GROWTH_IMAGES = 10_000
 
@@ -41,7 +41,7 @@ _GROWTH_IMAGES = 10_000
 def measure(chosen: Sequence[str] = ()) -> None:
     """Measure the chosen parts, or all, and write them to reports/bench.json, beside the parts measured earlier.
 
-    Whatever is compared runs in turn (A B A B), and each round's seconds are kept.
+    What is compared runs in turn (A B A B), and the file holds the seconds of each round.
 
     Raises:
         UserError: there is no such part, or a file that a part needs is absent.
@@ -67,10 +67,10 @@ def measure(chosen: Sequence[str] = ()) -> None:
         "stores": measure_tracking_stores,
     }
     if unknown := [name for name in chosen if name not in parts]:
-        raise UserError(f"{unknown[0]} is no part of the bench: choose from {', '.join(parts)}")
+        raise UserError(f"{unknown[0]} is not a part of the bench: choose from {', '.join(parts)}")
     earlier = json.loads(read_text(BENCH)) if chosen else {}
     write_json(BENCH, {**earlier, **{name: parts[name]() for name in chosen or parts}})
-    print(f"{BENCH} is written: `make readme` carries it into README and docs")
+    print(f"{BENCH} is written: `make readme` copies its figures into README.md and docs")
 
 
 def _time_in_turn(title: str, commands: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
@@ -97,7 +97,7 @@ def _pipeline_epoch(params: Params, device: torch.device) -> None:
 
 
 def _eager_epoch(params: Params, device: torch.device) -> None:
-    """Do the same with torch alone: whole tensors, the optimizer, a mean of batch means."""
+    """Do the same with torch alone, on whole tensors."""
     (images, labels), test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
     model = build_model(params.model, params.seed).to(device)
     optimizer = torch.optim.Adam(model.parameters(), params.train.learning_rate, weight_decay=params.train.weight_decay)
@@ -110,7 +110,7 @@ def _eager_epoch(params: Params, device: torch.device) -> None:
 
 
 def _plain_epoch(params: Params, device: torch.device) -> None:
-    """Do the same the plain way: a DataLoader that applies torchvision's transforms image by image."""
+    """Do the same with a DataLoader that applies torchvision's transforms image by image."""
     transform = transforms.Compose(
         [transforms.ToTensor(), transforms.Normalize((params.data.mean,), (params.data.std,))]
     )
@@ -180,7 +180,7 @@ def _growth(params: Params, device: torch.device) -> dict[str, dict[str, float]]
 
 
 def _floor(params: Params, device: torch.device) -> dict[str, float]:
-    """Return the arithmetic of an epoch and how fast the processor multiplies large matrices, in operations a second.
+    """Return the operations of an epoch, and the operations a second when the processor multiplies large matrices.
 
     An operation is an addition or a multiplication; a backward pass counts as torch counts it.
     """
@@ -198,7 +198,7 @@ def _floor(params: Params, device: torch.device) -> dict[str, float]:
 
 
 def _overheads() -> dict[str, Callable[[], object]]:
-    """Return the commands that start each stage without its work, and a `dvc repro` that has nothing to do."""
+    """Return commands: start each stage but do none of its work, and run `dvc repro` with nothing to do."""
 
     def launch(*command: str) -> Callable[[], object]:
         environment = clean_environment() | {"PYTHONPATH": "src"}

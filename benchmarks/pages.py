@@ -1,6 +1,6 @@
-"""Carry the figures of the last runs into README.md and docs/*.md: `python -m benchmarks.pages`.
+"""Copy the figures of the last runs into README.md and docs/*.md: `python -m benchmarks.pages`.
 
-A page marks the place of each part with two comments: `<!-- name -->` and `<!-- /name -->`.
+A page marks each part that is renewed with two comments: `<!-- name -->` and `<!-- /name -->`.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def renew(page: str) -> str:
-    """Return the text of a page with every marked part made again from reports/.
+    """Return a page's text with every marked part written anew from reports/.
 
     Raises:
         UserError: a file of reports/ that a part needs is absent.
@@ -59,7 +59,7 @@ def renew(page: str) -> str:
 
 
 def _results() -> str:
-    """Set the main figures of the committed run beside the specification's, and say how precise they are."""
+    """Compare the main figures in reports/ with the specification's, and say how precise they are."""
     found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
     rows = compare_results(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
@@ -152,7 +152,7 @@ def _processes() -> str:
 
 
 def _sweeps() -> str:
-    """Compute from the studies' trainings what a sweep of a thousand trials takes."""
+    """Estimate from the studies' trainings how long a sweep of a thousand trials takes."""
     trials = 1000
     rows = []
     for study in load_studies():
@@ -186,7 +186,7 @@ def _spread(values: list[float]) -> str:
 
 
 def _reach(epochs: list[dict[str, float]]) -> str:
-    """Say when a training was as accurate as what the specification published."""
+    """Say after which epoch a training reached the accuracy that the specification published."""
     target = published.TEST_CORRECT[-1] / published.TEST_IMAGES
     for number, epoch in enumerate(epochs, 1):
         if epoch["accuracy"] >= target:

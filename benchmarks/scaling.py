@@ -23,8 +23,8 @@ from mnist_pipeline.training.distributed.launch import join_group
 from mnist_pipeline.training.loop import TrainingLoop, start_training, train
 
 ROUNDS = 3
-SUMS = 200  # of each size; their median counts
-STEPS = 20  # of each model, likewise
+SUMS = 200  # timed, for each size
+STEPS = 20  # timed, for each model
 _IMAGES = 10_000
 _LAYOUTS = {"1 process of 1 thread": (1, 1), "2 processes of 1 thread": (2, 1), "1 process of 2 threads": (1, 2)}
 
@@ -49,7 +49,7 @@ def measure_processes_and_threads(params: Params) -> dict[str, Any]:
 
 
 def _run_in_group(processes: int, work: Callable[[Params], Any], params: Params) -> Any:
-    """Run `work` in several processes that torchrun's machinery starts; return what the first returns."""
+    """Run `work` in several processes, as torchrun does, and return the first one's result."""
     with tempfile.TemporaryDirectory() as logs:
         config = LaunchConfig(
             min_nodes=1,
@@ -82,7 +82,7 @@ def _images_a_second(params: Params, device: torch.device, training_loop: Traini
 
 
 def _seconds_of_sums(params: Params) -> dict[str, float]:
-    """Return how long a group adds up all gradients, and the statistics of the widest normalisation: the medians."""
+    """Return the median seconds in which a group sums all gradients, and the statistics of the widest normalisation."""
     sizes = {
         "gradient": sum(weights.numel() for weights in build_model(params.model, params.seed).parameters()),
         "statistics": 2 * max(params.model.channels),

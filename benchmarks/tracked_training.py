@@ -1,4 +1,4 @@
-"""Do what the train stage does, on few images, with tracking and checkpoints or (`--untracked`) without."""
+"""Train as the train stage does, on few images; `--untracked` leaves out MLflow and checkpoints."""
 
 import sys
 
@@ -13,7 +13,7 @@ _IMAGES = 1000  # so few that tracking takes a visible share of the time
 
 
 def main(tracked: bool) -> None:
-    """Train; write a checkpoint and log to MLflow after each epoch, and log the model that models/ already holds."""
+    """Train. If tracked, save a checkpoint and log to MLflow after each epoch, and log the model file in models/."""
     params = load_params()
     device = set_up_torch(params.threads)
     datasets = load_training_data(RAW, ADDED, params.data, params.seed)
@@ -24,7 +24,7 @@ def main(tracked: bool) -> None:
     if not tracked:
         list(epochs)
         return
-    # To import MLflow is part of what tracking costs.
+    # Importing MLflow is part of the cost of tracking.
     from mnist_pipeline.tracking.provenance import trace
     from mnist_pipeline.tracking.training_run import training_run
     from mnist_pipeline.training.checkpoint import Checkpoint

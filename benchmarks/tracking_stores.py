@@ -28,7 +28,7 @@ def measure_tracking_stores() -> dict[str, dict[str, float]]:
 
 
 def _calls_a_second(uri: str) -> dict[str, float]:
-    """Return how many runs a second a store begins and ends, and how many metrics it takes, singly and in batches."""
+    """Return how many runs a second a store begins and ends, and metrics it logs, one by one and in batches."""
     client = mlflow.MlflowClient(uri)
     name = "bench"
     experiment = client.get_experiment_by_name(name)

@@ -116,6 +116,6 @@ def test_the_parts_that_start_processes_start_them(repository: Repository) -> No
 
 
 def test_a_part_that_does_not_exist_is_refused(repository: Repository) -> None:
-    with pytest.raises(UserError, match=r"nonsense is no part of the bench: choose from epoch_seconds, trainings, "):
+    with pytest.raises(UserError, match=r"nonsense is not a part of the bench: choose from epoch_seconds, trainings, "):
         bench.measure(["floor", "nonsense"])
     assert json.loads(BENCH.read_text(encoding="utf-8")) == EARLIER
