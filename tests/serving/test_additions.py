@@ -73,7 +73,7 @@ def idx(digits: Digits, images: bytes | None = None) -> Callable[[], None]:
 
 SEVEN = TRAIN.pixels[0].numpy()
 REFUSED = {
-    "a test image": (picture(TEST.pixels[12]), ["copies of MNIST's", "mine/7/odd.png (a copy of MNIST's test image 12)"]),
+    "a test image": (picture(TEST.pixels[12]), ["must be new", "mine/7/odd.png (a copy of MNIST's test image 12)"]),
     "a test image with another label": (
         picture(TEST.pixels[12], name="0/a.png"),
         ["0/a.png (a copy of MNIST's test image 12)"],
