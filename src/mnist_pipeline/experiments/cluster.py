@@ -111,7 +111,6 @@ def _run_in_cluster(repository: Mapping[str, str], images: str, trial: Trial) ->
 
 
 def _run_task(repository: Mapping[str, str], images: str, trial: Trial) -> TrialProgress:
-    """Run a trial as a Ray task. Closing the generator cancels it."""
     import ray
 
     task = ray.remote(num_cpus=1, max_retries=0)(_train_on_node)

@@ -192,7 +192,6 @@ def _write_recipe(path: Path, search: _Search, best: FrozenTrial) -> None:
 
 
 def _differing(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested values that differ from others with the same names."""
     return {
         key: _differing(value, others[key]) if isinstance(value, Mapping) else value
         for key, value in values.items()

@@ -137,8 +137,7 @@ def _find_ink(image: Image.Image) -> _Array:
 
 
 def _to_array(image: Image.Image) -> _Array:
-    """Return the pixels (height, width, channels)."""
-    return np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    return np.asarray(image, np.float32).reshape(image.height, image.width, -1)  # height, width, channels
 
 
 def _fit_background(pixels: _Array) -> _Array:

@@ -129,7 +129,6 @@ class TrackedRun:
             self.client.log_text(self.id, patch, f"provenance/{provenance.stage}.patch")
 
     def _log_outputs(self, provenance: Provenance) -> None:
-        """Log what the stage wrote, under the same paths as in the repository."""
         for output in map(Path, provenance.outputs):
             if output.is_dir():
                 self.client.log_artifacts(self.id, str(output), str(output))
@@ -147,7 +146,6 @@ class TrackedRun:
 
 
 def _summarize(metrics: Mapping[str, Any]) -> str:
-    """Summarise a test in Markdown."""
     return (
         f"**{metrics['test_accuracy']:.2%}** of {metrics['test_total']:,} test images right, "
         f"{metrics['test_misclassified']} wrong. Loss {metrics['test_loss']:.4f}, "

@@ -125,7 +125,6 @@ class Retraining:
         return math.sqrt(value * (1 - value) / float(images))
 
     def _is_studied(self, name: str) -> bool:
-        """Tell whether the study measured a metric with several seeds."""
         rows = self.study.rows
         return len(rows) > 1 and ("test_accuracy" if name in _COUNTS else name) in rows[0]
 

@@ -36,7 +36,6 @@ def write_pictures(directory: Path, run: Retraining) -> None:
 
 
 def _write_sheet(path: Path, pictures: Sequence[tuple[str, Image.Image]], columns: int) -> None:
-    """Write pictures with their captions into one picture on white, row by row."""
     width = max(image.width for _, image in pictures) + _CAPTION
     height = max(image.height for _, image in pictures) + 2 * _CAPTION
     rows = math.ceil(len(pictures) / columns)
