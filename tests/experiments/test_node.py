@@ -28,14 +28,14 @@ def test_a_machine_with_the_same_repository_and_images_is_ready() -> None:
 @pytest.mark.parametrize(
     ("file", "difference"),
     [
-        ("src/mnist_pipeline/model/network.py", r"its code's SHA-256 is \w{64}, the driver's \w{64}: give both"),
-        ("requirements.lock", r"its requirements.lock's SHA-256 is \w{64}, the driver's \w{64}: give both"),
+        ("src/mnist_pipeline/model/network.py", r"its code's SHA-256 is \w{64}, the driver's \w{64}: use"),
+        ("requirements.lock", r"its requirements.lock's SHA-256 is \w{64}, the driver's \w{64}: use"),
     ],
 )
 def test_a_machine_with_other_code_or_another_lock_file_is_refused(file: str, difference: str) -> None:
     driver = identify_repository()
     Path(file).write_text(f"{Path(file).read_text()}# changed\n")
-    with pytest.raises(UserError, match=f"^node 1 is refused: {difference} the same commit, and `make setup`$"):
+    with pytest.raises(UserError, match=f"^node 1 is refused: {difference} the same commit and `make setup` on both$"):
         prepare_node("node 1", driver, identify_images(), "http://127.0.0.1")
 
 
@@ -52,7 +52,7 @@ def test_a_machine_that_does_not_reach_mlflow_says_so_without_the_password() -> 
         (
             1,
             "Pulling\nERROR: none\n",
-            r"lacks the data, and `dvc pull` failed \(ERROR: none\): `dvc push`",
+            r"lacks the data, and `dvc pull` failed \(ERROR: none\): run `dvc push`",
         ),
         (0, "", r"is refused: its data's SHA-256 is \w{64}, the driver's other"),
     ],

@@ -59,7 +59,7 @@ def connect_cluster(address: str) -> Generator[tuple[int, RunTrial]]:
         signal.signal(signal.SIGTERM, on_sigterm)
     try:
         if cores == 0:
-            raise UserError(f"the Ray cluster at {address} has no cores: `ray start --address={address}` adds a node's")
+            raise UserError(f"the Ray cluster at {address} has no cores: `ray start --address={address}` adds a node")
         yield cores, partial(_run_in_cluster, identify_repository(), identify_images())
     finally:
         ray.shutdown()
@@ -85,7 +85,7 @@ def _check_address(address: str) -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"no Ray cluster answers at {address} ({error}): `ray start --head` starts one") from None
     if answer[3:4] != _SETTINGS_FRAME:
-        raise UserError(f"what answers at {address} is no Ray cluster: `ray start --head` prints where one is")
+        raise UserError(f"what answers at {address} is no Ray cluster: `ray start --head` prints a cluster's address")
 
 
 def _first_line(error: BaseException) -> str:
@@ -106,7 +106,7 @@ def _run_in_cluster(repository: Mapping[str, str], images: str, trial: Trial) ->
         except RayError as error:
             died = type(error).__name__
             if attempt == 2:
-                raise TrialError(f"{trial.name}: a second node died under it ({died})") from None
+                raise TrialError(f"{trial.name}: its second node died too ({died})") from None
             print(f"{trial.name}: its node died ({died}), so it runs again", flush=True)
 
 

@@ -17,7 +17,7 @@ from mnist_pipeline.tracking.git import commit_tags
 from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.store import TRACKING_URI
 
-ANSWER_SECONDS = 5  # that a server has to answer
+ANSWER_SECONDS = 5  # within which a server must answer
 
 
 def identify_repository() -> dict[str, str]:
@@ -53,7 +53,7 @@ def prepare_node(node: str, repository: Mapping[str, str], images: str, tracking
         for what, value in repository.items()
         if found.get(what) != value
     ]:
-        raise UserError(f"{node} is refused: {'; '.join(differences)}: give both the same commit, and `make setup`")
+        raise UserError(f"{node} is refused: {'; '.join(differences)}: use the same commit and `make setup` on both")
     _check_server(node, tracking_uri)
     CHECKPOINTS.mkdir(exist_ok=True)
     with FileLock(CHECKPOINTS / "data.lock"):  # DVC refuses to run twice at once
@@ -68,7 +68,7 @@ def _check_server(node: str, uri: str) -> None:
     except OSError as error:
         where = f"{parts.scheme}://{parts.hostname}"  # leaves out any password
         raise UserError(
-            f"{node} does not reach MLflow at {where} ({error}): {TRACKING_URI} must name one that it does"
+            f"{node} does not reach MLflow at {where} ({error}): {TRACKING_URI} must name a server that it reaches"
         ) from None
 
 
@@ -84,6 +84,6 @@ def _fetch_images(node: str, expected: str) -> None:
     if pull.returncode != 0:
         lines = pull.stdout.splitlines()
         why = next((line for line in lines if line.startswith("ERROR")), (lines or [f"exit code {pull.returncode}"])[0])
-        raise UserError(f"{node} lacks the data, and `dvc pull` failed ({why}): `dvc push` where they are")
+        raise UserError(f"{node} lacks the data, and `dvc pull` failed ({why}): run `dvc push` where it is")
     if (found := identify_images()) != expected:
         raise UserError(f"{node} is refused: its data's SHA-256 is {found}, the driver's {expected}")

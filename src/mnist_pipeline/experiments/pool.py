@@ -64,9 +64,9 @@ class TrialPool:
 
 @contextmanager
 def open_pool(name: str, ray_address: str | None) -> Generator[TrialPool]:
-    """Open the pool of a study or sweep, and the MLflow run of that name above its trials.
+    """Open the pool of a study or sweep, and an MLflow run of that name as its trials' parent.
 
-    Trials run on this machine or, with the address of its head, in a Ray cluster.
+    Trials run on this machine, or in the Ray cluster whose head is at `ray_address`.
 
     Raises:
         UserError: the cluster cannot be used.

@@ -95,7 +95,7 @@ def load_space(path: Path) -> Space:
         UserError: the file is absent or no YAML, has an unknown key, or a value that a param does not allow.
     """
     if not re.fullmatch(r"\w[\w-]*", path.stem) or path.stem == SPECIFICATION:
-        raise UserError(f"{path}: its name becomes a recipe's, which is letters, digits, - and _, not {path.stem!r}")
+        raise UserError(f"{path}: its name becomes a recipe's: use letters, digits, - and _, not {path.stem!r}")
     if not path.is_file():
         raise UserError(f"{path} is absent: it must name params to search, such as `params: {{train.epochs: [2, 4]}}`")
     file = parse_section(_SpaceFile, read_sections(path), f"{path}: ")

@@ -11,7 +11,7 @@ import yaml
 from mnist_pipeline.common.params import flatten, load_yaml, read_sections
 from mnist_pipeline.common.paths import LOCK, MODEL, PARAMS, REPORTS
 
-# Arguments after which git looks at everything but outputs: a run changes those itself, so they make no tree dirty.
+# With these arguments git ignores the pipeline's outputs: a run changes them itself, so they do not make a tree dirty.
 ALL_BUT_OUTPUTS = ["--", ".", *(f":!{path}" for path in (MODEL.parent, REPORTS, LOCK))]
 TITLE_LENGTH = 120  # characters; MLflow's tables hold 250
 _NO_COMMIT = "none: not a commit of a git repository"

@@ -199,7 +199,7 @@ def _explain(error: Exception) -> str:
         )
     if "file is not a database" in text:
         return f"{store_address()} is no SQLite database: move it away, and a new one is made"
-    if cause := re.search(r"Caused by (.*)\)", text):  # MLflow gave a request up: what its last attempt met
+    if cause := re.search(r"Caused by (.*)\)", text):  # MLflow gave up: why its last attempt failed
         text = re.sub(r"<[^>]*>, |HTTP\w+\([^)]*\): |.*', \w+\((\d+, )?", "", cause[1])
         return re.sub(r"^(\w+\()?['\"]|['\"]\)*$", "", text)
     return text.splitlines()[0].split(". ")[0]
