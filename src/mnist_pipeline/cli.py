@@ -161,10 +161,10 @@ def promote_command(reason: str, rollback: bool) -> None:
     mnist@champion, and the former champion becomes mnist@previous. If it fails, the exit code is 1. The tags of each
     version keep its history.
     """
-    from mnist_pipeline.promotion.promote import promote_model, roll_back
+    from mnist_pipeline.promotion.promote import promote_model, roll_back_model
 
     if rollback:
-        roll_back(reason)
+        roll_back_model(reason)
     else:
         promote_model(reason)
 

@@ -342,7 +342,7 @@ def test_the_data_are_all_files_of_the_folders(
 def test_wrong_metrics_end_in_one_line(content: str) -> None:
     Path("reports/metrics.json").write_text(content)
     ended = gate()
-    assert str(ended.exception) == "reports/metrics.json is not what evaluate writes: `dvc repro` makes it"
+    assert str(ended.exception) == "reports/metrics.json is not a file that the evaluate stage wrote: run `dvc repro`"
 
 
 def test_absent_metrics_end_in_one_line(workspace: Path) -> None:

@@ -28,7 +28,7 @@ from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.promotion import promote
 from mnist_pipeline.promotion.gate import Verdict, judge
-from mnist_pipeline.promotion.promote import promote_model, roll_back
+from mnist_pipeline.promotion.promote import promote_model, roll_back_model
 from mnist_pipeline.tracking.run import MODEL_TAG, TrackedRun
 from mnist_pipeline.tracking.store import Store
 
@@ -95,11 +95,11 @@ def test_models_are_promoted_refused_and_rolled_back(workspace: Workspace) -> No
     assert workspace.promote() == "version 3 of mnist is the champion, version 1 the previous one"
     assert workspace.aliases() == {"champion": 3, "previous": 1}
 
-    roll_back("the first was better")
+    roll_back_model("the first was better")
     assert workspace.capsys.readouterr().out == "version 1 of mnist is the champion again\n"
     assert workspace.aliases() == {"champion": 1}
     with pytest.raises(UserError, match=r"^mnist has no previous champion: there is nothing to undo$"):
-        roll_back("")
+        roll_back_model("")
 
     became = {number: [record["became"] for record in workspace.records(number)] for number in (1, 2, 3)}
     assert became == {

@@ -146,14 +146,13 @@ def _look_at_candidate() -> Candidate:
         metrics = json.loads(read_text(METRICS))
         measured = float(metrics["test_accuracy"]), int(metrics["parameters"]), float(metrics["test_calibration_error"])
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{METRICS} is not what evaluate writes: `dvc repro` makes it") from None
+        raise UserError(f"{METRICS} is not a file that the evaluate stage wrote: run `dvc repro`") from None
+    git_status = ["git", "status", "--porcelain", *ALL_BUT_OUTPUTS]
     return Candidate(
         *measured,
         sha256_of_images(),
-        _list_changes(
-            ["git", "status", "--porcelain", *ALL_BUT_OUTPUTS], lambda said: [line[3:] for line in said.splitlines()]
-        ),
-        _list_changes(["dvc", "status", "--json"], lambda said: list(json.loads(said))),
+        _list_changes(git_status, lambda output: [line[3:] for line in output.splitlines()]),
+        _list_changes(["dvc", "status", "--json"], lambda output: list(json.loads(output))),
     )
 
 

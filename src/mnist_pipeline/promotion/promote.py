@@ -41,7 +41,7 @@ def promote_model(reason: str) -> None:
     print(f"{version} of {REGISTERED_MODEL} is the champion" + (f", {champion} the previous one" if champion else ""))
 
 
-def roll_back(reason: str) -> None:
+def roll_back_model(reason: str) -> None:
     """Make the previous champion the champion again.
 
     Raises:

@@ -93,7 +93,7 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
         return PredictResponse(**vars(classifier.classify(pixels)), image=_encode_png(pixels), model=model)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
-    def draw() -> Response:
+    def show_page() -> Response:
         return HTMLResponse(page, headers=headers)
 
     @app.get("/healthz", summary="Check that the service is up, and see which model answers")

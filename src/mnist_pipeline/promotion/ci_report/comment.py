@@ -40,12 +40,12 @@ def write_ci_report(base: str, out: Path, log: Path | None = None, artifacts: st
     if artifacts and not re.fullmatch(r"https?://[^\s<>|`]+", artifacts):
         raise UserError(f"--artifacts must be an address that begins with https:// or http://, and is {artifacts!r}")
     head = State.load(Path())
-    after = head.load_results()
+    after = head.read_results()
     with tempfile.TemporaryDirectory() as temporary:
         commit = check_out(base, Path(temporary))
         base_state = State.load(Path(temporary)) if commit else None
         try:
-            before = base_state.load_results() if base_state else None
+            before = base_state.read_results() if base_state else None
         except UserError:
             before = None
         executed = re.findall(r"^Running stage '([^']+)'", read_text(log), re.MULTILINE) if log else None
@@ -74,7 +74,7 @@ def render_comment(run: Retraining) -> str:
         by_class=[metric for metric in metrics if metric.name.startswith(PER_CLASS)],
         curves=[_curve_chart("accuracy", run), _curve_chart("loss", run)],
         colours=[GREY, BLUE] if run.before else [BLUE],
-        mistakes=run.mistakes(),
+        mistakes=run.changed_mistakes(),
         most_mistakes=_MOST_MISTAKES,
         study_file=STUDIES / f"{run.study.name}.csv",
     )

@@ -68,11 +68,11 @@ class Retraining:
         """Return whether each stage ran: by `executed` or, if that is None, by what changed in `dvc.lock`."""
         found = []
         for name, stage in self.head.stages.items():
-            known = self.base.stages.get(name) if self.base else None
-            changed = [] if known is None else changed_names(stage_inputs(known), stage_inputs(stage))
-            same_outputs = known is not None and _outputs(known) == _outputs(stage)
+            before = self.base.stages.get(name) if self.base else None
+            changed = [] if before is None else changed_names(stage_inputs(before), stage_inputs(stage))
+            same_outputs = before is not None and _outputs(before) == _outputs(stage)
             ran = bool(changed) or not same_outputs if self.executed is None else name in self.executed
-            found.append(Execution(name, ran, known is not None, changed, same_outputs))
+            found.append(Execution(name, ran, before is not None, changed, same_outputs))
         return found
 
     def changed_params(self) -> list[str]:
@@ -98,7 +98,7 @@ class Retraining:
         before = self.before.confusion.tolist() if self.before else after
         return [list(zip(*counts, strict=True)) for counts in zip(before, after, strict=True)]
 
-    def mistakes(self) -> dict[str, list[tuple[ResultRow, ResultRow]]] | None:
+    def changed_mistakes(self) -> dict[str, list[tuple[ResultRow, ResultRow]]] | None:
         """Return both predictions of each image that only this run (`new`) or only the base (`mended`) reads wrong.
 
         The most confident mistakes come first. Return None if the base has no results on the same labels.

@@ -26,7 +26,7 @@ def write_pictures(directory: Path, run: Retraining) -> None:
         charts = [(title, Image.open(file)) for title, file in files.items() if file.is_file()]
         if charts:
             _write_sheet(directory / f"{name}.png", charts, columns=2)
-    for kind, pairs in (run.mistakes() or {}).items():
+    for kind, pairs in (run.changed_mistakes() or {}).items():
         if pairs:
             test = load_digits(RAW, "test")
             wrong = [old if kind == "mended" else new for old, new in pairs[:_MOST_DIGITS]]

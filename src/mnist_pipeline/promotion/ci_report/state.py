@@ -39,7 +39,7 @@ class State:
             yaml.safe_load(read_text(lock)).get("stages", {}) if lock.is_file() else {},
         )
 
-    def load_results(self) -> Results:
+    def read_results(self) -> Results:
         """Read what the stages wrote.
 
         Raises:
