@@ -12,7 +12,7 @@ from mnist_pipeline.common.paths import MODEL, RAW
 
 _PATH = click.Path(path_type=Path)
 _model_option = click.option("--model", type=_PATH, default=MODEL, help="The model file.")
-_ray_option = click.option("--ray", metavar="HOST:PORT", help="Train in the Ray cluster with this head, not here.")
+_ray_option = click.option("--ray", metavar="HOST:PORT", help="Train in the Ray cluster whose head is at this address.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -21,7 +21,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON,
 def mnist() -> None:
     """Use, check and measure the digit classifier that `make repro` trains. Run it in the repository's root.
 
-    A mistake is explained in one line. The exit code is then 1, or 2 for a wrong option.
+    A mistake ends with one line and exit code 1, a wrong option with exit code 2.
     """
 
 
@@ -60,8 +60,8 @@ def reproduce_command() -> None:
 def experiment_command(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...]) -> None:
     """Run a recipe as a DVC experiment.
 
-    RECIPE is experiments/RECIPE.yaml, or `specification` for params.yaml as it is. Further arguments, such as --queue,
-    --temp or --force, go to `dvc exp run`.
+    RECIPE is the name of a file in experiments/, or `specification` for params.yaml as it is. Further arguments, such as
+    --queue, --temp or --force, go to `dvc exp run`.
     """
     from mnist_pipeline.experiments.recipes import run_experiment
 
@@ -76,8 +76,8 @@ def experiment_command(recipe: str, arguments: tuple[str, ...], params: tuple[st
 def study_command(recipe: str, seeds: int, validation: bool, ray: str | None) -> None:
     """Train a recipe from several seeds.
 
-    RECIPE is experiments/RECIPE.yaml, or `specification` for params.yaml as it is. The results are written to
-    reports/studies/RECIPE.csv. Run the command again to resume a study that was killed.
+    RECIPE is the name of a file in experiments/, or `specification` for params.yaml as it is. The results are written
+    to reports/studies/RECIPE.csv. Run the command again to resume a study that was killed.
     """
     from mnist_pipeline.experiments.study import run_study
 
@@ -124,7 +124,7 @@ def ci_report_command(base: str, out: Path, log: Path | None, artifacts: str | N
 
 @mnist.command("serve")
 @click.option("--host", default="127.0.0.1", help="Where to listen.")
-@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="0 takes any free one.")
+@click.option("--port", default=8000, type=click.IntRange(0, 65535), help="The port; 0 takes any free one.")
 @click.option(
     "--model", type=_PATH, help=f"The model file. Default: the champion, models:/mnist@champion, else {MODEL}."
 )
@@ -212,7 +212,7 @@ def predict_command(files: tuple[str, ...], model: Path, as_json: bool) -> None:
 def info_command(model: Path, as_json: bool) -> None:
     """Show the network layer by layer, and the file that holds it.
 
-    Before the first training, show the network that params.yaml describes.
+    If the pipeline's model file is absent, show the network that params.yaml describes.
     """
     from mnist_pipeline.serving.model_info import read_model_info, render_model_info
 
