@@ -18,7 +18,7 @@ MAX_PIXELS = 50_000_000  # larger pictures are not decoded
 _BOX = 20  # pixels: a digit is scaled to fit a square of this side
 _FINE = 500  # pixels: the longer side of a picture is shrunk to this
 _COARSE = 100  # pixels or a little more: at this size noise and dust are averaged away
-_MIDDLE = 0.85  # of the way from a picture's middle to its edge; there is rarely ink beyond
+_MIDDLE = 0.85  # of the way from a picture's middle to its edge; beyond it there is rarely ink
 _DARK = 16  # of 255 levels, added to a background's brightness, which may be 0
 _FAINTEST_INK = 8  # of 255 levels: ink differs from its background at least by this
 _FAINT = 0.12  # of the strongest ink: a digit's extent leaves out paler ink, such as JPEG's fringes
@@ -213,7 +213,7 @@ def _find_bounds(mask: NDArray[np.bool_]) -> list[tuple[int, int]]:
 
 
 def _crop_around(mask: NDArray[np.bool_], height: int, width: int) -> tuple[slice, ...]:
-    """Return the rows and columns of a picture that a coarse mask of it marks, with a margin."""
+    """Return the rows and columns of a picture (height, width) that its coarse mask marks, with a margin."""
     bounds = _find_bounds(mask)
     reach = 1 + _MARGIN * max(stop - start for start, stop in bounds)
     return tuple(
