@@ -60,8 +60,8 @@ def reproduce_command() -> None:
 def experiment_command(recipe: str, arguments: tuple[str, ...], params: tuple[str, ...]) -> None:
     """Run a recipe as a DVC experiment.
 
-    RECIPE is the name of a file in experiments/, or `specification` for params.yaml as it is. Further arguments, such as
-    --queue, --temp or --force, go to `dvc exp run`.
+    RECIPE is the name of a file in experiments/, or `specification` for params.yaml as it is. Further arguments go to
+    `dvc exp run`, such as --queue, --temp or --force.
     """
     from mnist_pipeline.experiments.recipes import run_experiment
 
