@@ -60,7 +60,7 @@ lock: setup ## update the lock file to the newest releases
 ui: setup ## browse the runs in MLflow
 	mlflow ui
 
-reproduce: setup ## train the committed commit again in a temporary clone and compare byte for byte
+reproduce: setup ## train HEAD again in a temporary clone and compare byte for byte
 	mnist reproduce
 
 bench: setup repro ## measure what training costs: reports/bench.json (minutes; PARTS="epoch_seconds floor" for a part)

@@ -63,9 +63,7 @@ def story(repository: Repository) -> dict[str, Step]:
     return steps
 
 
-@pytest.mark.parametrize(
-    "name", ["again", "status", "shorter", "params diff", "metrics show", "plots show"]
-)
+@pytest.mark.parametrize("name", ["again", "status", "shorter", "params diff", "metrics show", "plots show"])
 def test_the_command_succeeds(story: dict[str, Step], name: str) -> None:
     assert story[name].process.returncode == 0, story[name].said
 

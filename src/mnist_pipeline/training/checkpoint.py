@@ -82,7 +82,7 @@ def load_training(training: Training, content: bytes) -> str | None:
     """Set a training to the state that `dump_training` returned; return the id of its MLflow run.
 
     Raises:
-        SafetensorError, KeyError, TypeError, ValueError: the content is damaged; the training stays as it is.
+        SafetensorError, KeyError, TypeError, ValueError: the content cannot be read; the training stays as it is.
     """
     tensors = safetensors.torch.load(content)
     description = _description(content)
