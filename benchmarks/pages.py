@@ -15,11 +15,11 @@ from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import read_text, write_text
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import BENCH, CALIBRATION, DIFF, HISTORY, METRICS, PREDICTIONS, ROBUSTNESS, STUDIES
-from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.report import published
 from mnist_pipeline.report.comparison import compare_results
 from mnist_pipeline.report.results import load_results
 from mnist_pipeline.report.studies import load_studies, recipe_table
+from mnist_pipeline.report.tables import markdown_table
 
 _NORMALIZATIONS = 6  # in the network
 _CORES = 2  # of each machine of a sweep

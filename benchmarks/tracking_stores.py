@@ -10,7 +10,7 @@ import mlflow
 from mlflow.entities import Metric
 from tqdm import tqdm
 
-from mnist_pipeline.tracking.store import TRACKING_URI, prepare_database
+from mnist_pipeline.tracking.store import TRACKING_URI, configure_mlflow, prepare_database
 
 CALLS = 200  # of each kind
 _METRICS = 6  # that a training logs after each epoch
@@ -20,6 +20,7 @@ def measure_tracking_stores() -> dict[str, dict[str, float]]:
     """Measure a new SQLite database and, if `MLFLOW_TRACKING_URI` names one, a server."""
     with tempfile.TemporaryDirectory() as temporary:
         database = Path(temporary) / "mlflow.db"
+        configure_mlflow()
         prepare_database(database)
         found = {"SQLite in the process": _calls_a_second(f"sqlite:///{database}")}
     if uri := os.environ.get(TRACKING_URI):

@@ -11,8 +11,10 @@ import pytest
 from support.servers import free_port
 
 from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.params import Params
 from mnist_pipeline.experiments import cluster
 from mnist_pipeline.experiments.cluster import connect_cluster
+from mnist_pipeline.experiments.trial import EpochScore, Trial, TrialError, TrialProgress
 
 
 @pytest.fixture(autouse=True)
@@ -76,3 +78,25 @@ def test_without_ray_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "ray", None)
     expected = '--ray needs Ray, which is absent: `pip install --editable ".[cluster]"`'
     assert refusal("127.0.0.1:6379") == expected
+
+
+def test_a_trial_whose_node_dies_runs_once_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], params: Params
+) -> None:
+    ray_errors = ModuleType("ray.exceptions")
+    ray_errors.RayError = type("RayError", (Exception,), {})  # type: ignore[attr-defined]
+    ray_errors.RayTaskError = type("RayTaskError", (ray_errors.RayError,), {})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ray.exceptions", ray_errors)
+    attempts = []
+
+    def run_task(*arguments: object) -> TrialProgress:
+        attempts.append(arguments)
+        yield EpochScore(1, 0.5, 1.0)
+        raise ray_errors.RayError
+
+    monkeypatch.setattr(cluster, "_run_task", run_task)
+    trial = Trial("best-0", params, ["train"], None)
+    with pytest.raises(TrialError, match="best-0: its second node died too"):
+        list(cluster._run_in_cluster({}, "", trial))
+    assert len(attempts) == 2
+    assert "best-0: its node died (RayError), so it runs again" in capsys.readouterr().out

@@ -168,7 +168,6 @@ def test_one_request_at_a_time_and_the_last_drawing_wins(draw_page: Page, digits
     assert len(held.routes) == 2
 
 
-@pytest.mark.thorough
 def test_an_answer_about_a_cleared_drawing_is_dropped(draw_page: Page, digits: dict[int, Pixels]) -> None:
     held = HeldRequests(draw_page)
     draw(draw_page, digits[3])
@@ -196,7 +195,6 @@ def test_an_image_can_be_opened(draw_page: Page, digits: dict[int, Pixels]) -> N
     expect_nothing(draw_page)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["drop", "paste"])
 def test_an_image_can_be_dropped_and_pasted(draw_page: Page, digits: dict[int, Pixels], kind: str) -> None:
     give = """([kind, bytes]) => {
@@ -229,7 +227,6 @@ def test_a_file_that_cannot_be_read_gets_one_line(
     expect(draw_page.get_by_role("alert")).to_have_text("")
 
 
-@pytest.mark.thorough
 def test_a_service_that_ended_gets_one_line(browser: Browser, address: str, digits: dict[int, Pixels]) -> None:
     page = browser.new_page()
     page.goto(address)
@@ -260,7 +257,6 @@ def test_the_keyboard_reaches_everything_and_shows_the_focus(draw_page: Page, di
     expect_digit(draw_page, 3)
 
 
-@pytest.mark.thorough
 def test_a_screen_reader_says_which_digit_is_read(draw_page: Page, digits: dict[int, Pixels]) -> None:
     draw(draw_page, digits[3])
     expect_digit(draw_page, 3)
@@ -327,7 +323,6 @@ def test_it_is_dark_if_the_user_prefers_dark(draw_page: Page, digits: dict[int, 
     assert (brightness(draw_page, ground) < 60, brightness(draw_page, ink) > 200) == (True, True)
 
 
-@pytest.mark.thorough
 def test_bars_do_not_move_if_the_user_prefers_no_motion(draw_page: Page) -> None:
     duration = "getComputedStyle(document.querySelector('.bar')).transitionDuration"
     assert draw_page.evaluate(duration) == "0.16s"

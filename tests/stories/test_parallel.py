@@ -143,7 +143,6 @@ def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals)
     assert [run.info.status for run in repository.runs()] == ["KILLED"]
 
 
-@pytest.mark.thorough
 def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
     repository = workspace(tmp_path, processes=2, learning_rate="1.0e+30")
     finished = repository.stage("train")
@@ -169,7 +168,6 @@ def torchrun_command(*arguments: str) -> list[str]:
     return [str(Path(sys.executable).parent / "torchrun"), *arguments, "stages/train.py"]
 
 
-@pytest.mark.thorough
 def test_torchrun_must_start_as_many_processes_as_the_params_say(tmp_path: Path) -> None:
     finished = torchrun(workspace(tmp_path, processes=3), "--standalone", "--nproc-per-node=1")
     assert finished.returncode != 0

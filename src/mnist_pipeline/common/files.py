@@ -7,9 +7,12 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mnist_pipeline.common.errors import UserError
+
+_IGNORED = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", ".*.sw?", "*~")  # as in .dvcignore
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -81,8 +84,17 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_below(directory: Path) -> dict[str, Path]:
+    """Return the files below a directory by their relative paths, sorted, without those that .dvcignore names."""
+    files = {path.relative_to(directory): path for path in sorted(directory.rglob("*")) if path.is_file()}
+    return {
+        name.as_posix(): path
+        for name, path in files.items()
+        if not any(fnmatch(part, pattern) for part in name.parts for pattern in _IGNORED)
+    }
+
+
 def sha256_of_directory(directory: Path) -> str:
-    """Return the SHA-256 of the lines that `sha256sum` prints for a directory's files, without Python's bytecode."""
-    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and "__pycache__" not in path.parts]
-    lines = [f"{sha256(path)}  {path.relative_to(directory).as_posix()}\n" for path in files]
+    """Return the SHA-256 of the lines that `sha256sum` prints for the files below a directory."""
+    lines = [f"{sha256(path)}  {name}\n" for name, path in files_below(directory).items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -217,9 +217,10 @@ def explain_error(section: type[Section], error: ErrorDetails) -> str:
 
 
 def _known_keys(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    others = ["gate"] if section is Params and not location else []
     for key in location:
         section = cast("type[BaseModel]", section.model_fields[str(key)].annotation)
-    return list(section.model_fields)
+    return [*section.model_fields, *others]
 
 
 def describe_value(value: object) -> str:

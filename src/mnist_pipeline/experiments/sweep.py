@@ -22,10 +22,10 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text, write_text
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import CHECKPOINTS, EXPERIMENTS
-from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.experiments.pool import TrialPool, open_pool
 from mnist_pipeline.experiments.space import Space, load_space
 from mnist_pipeline.experiments.trial import EpochScore, TrialError
+from mnist_pipeline.report.tables import markdown_table
 from mnist_pipeline.tracking.provenance import trace
 from mnist_pipeline.training.checkpoint import Checkpoint
 

@@ -16,10 +16,10 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text
 from mnist_pipeline.common.params import Count, Section, load_params, parse_section, read_sections
 from mnist_pipeline.common.paths import METRICS, PARAMS, RAW
-from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.report.tables import markdown_table
 from mnist_pipeline.tracking.git import ALL_BUT_OUTPUTS
 from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.registry import ModelVersion, find_champion

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import sha256, sha256_of_directory
+from mnist_pipeline.common.files import files_below, sha256, sha256_of_directory
 from mnist_pipeline.common.params import Params, flatten, load_params
 from mnist_pipeline.common.paths import ADDED, PIPELINE, RAW, REQUIREMENTS
 from mnist_pipeline.tracking.git import commit_tags
@@ -87,13 +87,16 @@ def trace(stage: str, params: Params | None = None, without: Collection[Path] = 
 
 
 def identify_training(params: Params) -> dict[str, object]:
-    """Return all that must be equal in processes that train together, with the SHA-256 of each file."""
+    """Return all that must be equal in processes that train together: values by name, SHA-256 by path."""
     provenance = trace("train", params)
+    folders = [Path(path) for path in provenance.inputs if Path(path).is_dir() and path not in _IMAGES]
+    code = {str(file): sha256(file) for folder in folders for file in files_below(folder).values()}
     return {
         "git_commit": commit_tags()["git_commit"],
         str(REQUIREMENTS): sha256(REQUIREMENTS),
         "command": provenance.command,
         **provenance.params,
+        **code,
         **provenance.inputs,
     }
 

@@ -42,7 +42,7 @@ class Store:
 
         Paths are absolute: DVC runs experiments in a temporary copy and sets `DVC_ROOT` to the original.
         """
-        _configure_mlflow()
+        configure_mlflow()
         root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
         self.database = root / DATABASE
         os.environ[TRACKING_URI] = os.environ.get(TRACKING_URI) or f"sqlite:///{self.database}"
@@ -120,7 +120,7 @@ def finished_runs(condition: str) -> list[dict[str, Any]]:
     return [flatten({"params": run.data.params, "metrics": run.data.metrics}) for run in reversed(runs)]
 
 
-def _configure_mlflow() -> None:
+def configure_mlflow() -> None:
     """Silence MLflow and limit how long it waits for a server; settings of the user stay."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")

@@ -41,10 +41,11 @@ class Checkpoint:
         if not self.path.exists():
             return None
         try:
-            run_id = load_training(training, self.path.read_bytes())
+            tensors, description = _parse(self.path.read_bytes())
         except _DAMAGE as error:
             print(f"{self.path} is damaged and ignored: {' '.join(str(error).split())}")
             return None
+        run_id = _apply(training, tensors, description)
         print(f"Going on after epoch {len(training.history)}, from {self.path}")
         return run_id
 
@@ -55,7 +56,8 @@ class Checkpoint:
     def history(self) -> list[EpochResult]:
         """Return the epochs that the file holds: none if it is absent or damaged."""
         try:
-            return _history(_description(self.path.read_bytes()))
+            history: list[EpochResult] = _parse(self.path.read_bytes())[1]["history"]
+            return history
         except (OSError, *_DAMAGE):
             return []
 
@@ -79,14 +81,26 @@ def dump_training(training: Training, run_id: str | None = None) -> bytes:
 
 
 def load_training(training: Training, content: bytes) -> str | None:
-    """Set a training to the state that `dump_training` returned; return the id of its MLflow run.
+    """Set a training to the state that `dump_training` returned; return the id of its MLflow run."""
+    return _apply(training, *_parse(content))
 
-    Raises:
-        SafetensorError, KeyError, TypeError, ValueError: the content cannot be read; the training stays as it is.
+
+def _parse(content: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors and the metadata: the header's length in 8 bytes, then the header in JSON (safetensors' format).
+
+    A damaged file raises one of `_DAMAGE`.
     """
     tensors = safetensors.torch.load(content)
-    description = _description(content)
-    history, run_id, groups = _history(description), description["run_id"], description["param_groups"]
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    description = json.loads(header["__metadata__"][_DESCRIPTION])
+    history = [
+        EpochResult(**result | {part: Score(**result[part]) for part in ("training", "monitor")})
+        for result in description["history"]
+    ]
+    return tensors, {name: description[name] for name in ("run_id", "param_groups")} | {"history": history}
+
+
+def _apply(training: Training, tensors: dict[str, Tensor], description: dict[str, Any]) -> str | None:
     weights: dict[str, dict[str, Tensor]] = {"model": {}, "average": {}}
     states: list[dict[int, dict[str, Tensor]]] = [{} for _ in training.optimizers]
     for name, tensor in tensors.items():
@@ -98,21 +112,8 @@ def load_training(training: Training, content: bytes) -> str | None:
     training.model.load_state_dict(weights["model"])
     if training.average:
         training.average.load_state_dict(weights["average"])
-    for optimizer, state, group in zip(training.optimizers, states, groups, strict=True):
-        optimizer.load_state_dict({"state": state, "param_groups": group})
-    training.history.extend(history)
-    return str(run_id) if run_id else None
-
-
-def _description(content: bytes) -> dict[str, Any]:
-    """Read the metadata. A safetensors file starts with its header's length in 8 bytes and the header as JSON."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    description: dict[str, Any] = json.loads(header["__metadata__"][_DESCRIPTION])
-    return description
-
-
-def _history(description: dict[str, Any]) -> list[EpochResult]:
-    return [
-        EpochResult(**result | {part: Score(**result[part]) for part in ("training", "monitor")})
-        for result in description["history"]
-    ]
+    for optimizer, state, groups in zip(training.optimizers, states, description["param_groups"], strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    training.history.extend(description["history"])
+    run_id: str | None = description["run_id"]
+    return run_id

@@ -17,12 +17,12 @@ import jinja2
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text, sha256, write_text
 from mnist_pipeline.common.paths import MODEL, STUDIES
-from mnist_pipeline.common.tables import markdown_table
 from mnist_pipeline.promotion.ci_report.differences import PER_CLASS, Retraining
 from mnist_pipeline.promotion.ci_report.pictures import write_pictures
 from mnist_pipeline.promotion.ci_report.state import State, check_out
 from mnist_pipeline.promotion.gate import judge
 from mnist_pipeline.report.chart_style import BLUE, GREY
+from mnist_pipeline.report.tables import markdown_table
 from mnist_pipeline.tracking.store import finished_runs
 
 _MAX_CODE_LENGTH = 80  # characters

@@ -15,7 +15,7 @@ import yaml
 
 from mnist_pipeline.common import paths
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import read_text
+from mnist_pipeline.common.files import files_below, read_text
 from mnist_pipeline.common.params import flatten, read_sections
 from mnist_pipeline.report.results import Results, load_results
 from mnist_pipeline.tracking.git import run_git
@@ -90,14 +90,10 @@ def _dvc_md5(path: Path) -> str | None:
     if path.is_file():
         return _md5(path.read_bytes())
     # DVC hashes a folder as the JSON list of its files. A *.dvc file stands for files outside git.
-    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    files = files_below(path)
     if not files or any(name.endswith(".dvc") for name in files):
         return None
-    listed = [
-        {"md5": _md5(file.read_bytes()), "relpath": name}
-        for name, file in sorted(files.items())
-        if "__pycache__" not in file.parts  # see .dvcignore
-    ]
+    listed = [{"md5": _md5(file.read_bytes()), "relpath": name} for name, file in sorted(files.items())]
     return f"{_md5(json.dumps(listed, sort_keys=True).encode())}.dir"
 
 

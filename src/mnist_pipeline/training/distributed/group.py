@@ -84,15 +84,17 @@ def train_in_group(
     seed: int,
     on_batch: OnBatch = lambda batch, loss: None,
 ) -> Iterator[EpochResult]:
-    """Do what `loop.train` does, each process with its share of the work.
+    """Do what `loop.train` does; each process computes its share of every batch.
 
-    All processes hold all images, and start from the state of the leader's training.
+    All processes hold all images, and start from the state of the leader's training. Each augments the whole batch,
+    and tests averaged weights by itself.
     """
-    state = group.send(dump_training(training))
-    if not group.leads:
-        load_training(training, state)
-    shared = replace(training, model=SharedModel(training.model, group))
-    yield from train(shared, digits, monitor, params, seed, on_batch)
+    if group.size > 1:
+        state = group.send(dump_training(training))
+        if not group.leads:
+            load_training(training, state)
+        training = replace(training, model=SharedModel(training.model, group))
+    yield from train(training, digits, monitor, params, seed, on_batch)
 
 
 class SharedModel(nn.Module):

@@ -230,5 +230,5 @@ def check_agreement(group: Group, params: Params, identify: Identify) -> None:
             theirs, leading = others.get(name, "absent"), leaders.get(name, "absent")
             if theirs != leading:
                 raise UserError(f"{name} is {theirs} in process {rank}, {leading} in the leading one: make them equal")
-    if params.train.processes != group.size:
-        raise UserError(f"train.processes is {params.train.processes}, and torchrun started {group.size}")
+    if (wanted := params.train.processes) != group.size:
+        raise UserError(f"train.processes is {wanted}, and torchrun started {group.size}: make them equal")
