@@ -16,7 +16,8 @@ Chart = alt.Chart | alt.LayerChart | alt.FacetChart
 CHART_WIDTH = 460  # pixels, of a PNG; on the page a chart fills its column
 # Colours of training, monitoring, the specification's figures and mistakes; all are clear on white and on black.
 ORANGE, BLUE, GREY, RED = "#c2782e", "#3f87d9", "#8c8c8c", "#e0522d"
-_FONT = "Liberation Sans"  # comes with vl-convert, so every machine draws the same bytes
+# It comes with vl-convert. A system that has this font, too, draws other bytes: vl-convert takes the system's first.
+_FONT = "Liberation Sans"
 _INK = "currentColor"  # the page's text colour, light or dark; black in a PNG
 _TEXT = {"labelColor": _INK, "titleColor": _INK, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal"}
 _AXIS = {"domainColor": _INK, "tickColor": _INK, "domainOpacity": 0.5, "tickOpacity": 0.5}
