@@ -1,5 +1,9 @@
 """Download MNIST's four files to data/raw, verify them, and print how many images they hold."""
 
+import sys
+
+sys.path.insert(0, "src")  # the package of this directory, whichever is installed
+
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.paths import DIGESTS, RAW
 from mnist_pipeline.data.digits import load_digits

@@ -1,5 +1,9 @@
 """Test the trained network on the test images, plain and corrupted; write its metrics and predictions."""
 
+import sys
+
+sys.path.insert(0, "src")  # the package of this directory, whichever is installed
+
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import write_csv, write_json
 from mnist_pipeline.common.params import load_params

@@ -1,5 +1,9 @@
 """Write the report as Markdown and as a web page, and draw its figures."""
 
+import sys
+
+sys.path.insert(0, "src")  # the package of this directory, whichever is installed
+
 from mnist_pipeline.common import paths
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import sha256, write_text

@@ -1,5 +1,9 @@
 """Train the network, and write its weights and the history of its epochs."""
 
+import sys
+
+sys.path.insert(0, "src")  # the package of this directory, whichever is installed
+
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import write_csv
 from mnist_pipeline.common.params import Params, load_params
