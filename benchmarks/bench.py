@@ -13,16 +13,14 @@ from typing import Any
 
 import torch
 import yaml
-from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from benchmarks.scaling import measure_processes_and_threads
 from benchmarks.tracking_stores import measure_tracking_stores
 from mnist_pipeline.common.errors import UserError, run
 from mnist_pipeline.common.files import read_text, write_json
+from mnist_pipeline.common.kernels import SETTINGS
 from mnist_pipeline.common.params import Params, load_params
 from mnist_pipeline.common.paths import BENCH, PARAMS, RAW
 from mnist_pipeline.data.digits import load_digits
@@ -48,14 +46,8 @@ def measure(chosen: Sequence[str] = ()) -> None:
     """
     params = load_params()
     device = set_up_torch(params.threads)
-    loops: dict[str, Callable[[], object]] = {
-        "pipeline": lambda: _pipeline_epoch(params, device),
-        "pipeline in bfloat16": lambda: _pipeline_epoch(_change_training(params, precision="bfloat16"), device),
-        "eager": lambda: _eager_epoch(params, device),
-        "plain": lambda: _plain_epoch(params, device),
-    }
     parts: dict[str, Callable[[], Any]] = {
-        "epoch_seconds": lambda: _time_in_turn("Epochs of all loops", loops),
+        "epoch_seconds": _epoch_seconds,
         "trainings": lambda: {name: _whole_training(name, device) for name in RECIPES},
         "test_images_a_second": lambda: _test_images_a_second(params, device),
         "growth": lambda: _growth(params, device),
@@ -88,47 +80,23 @@ def _change_training(params: Params, **changes: object) -> Params:
     return params.model_copy(update={"train": params.train.model_copy(update=changes)})
 
 
-def _pipeline_epoch(params: Params, device: torch.device) -> None:
-    """Load the data, train one epoch and score the test images with this project's loop."""
-    training, test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
-    model = build_model(params.model, params.seed).to(device)
-    one_epoch = params.train.model_copy(update={"epochs": 1})
-    list(train(start_training(model, one_epoch), training, test, one_epoch, params.seed))
-
-
-def _eager_epoch(params: Params, device: torch.device) -> None:
-    """Do the same with torch alone, on whole tensors."""
-    (images, labels), test = (load_digits(RAW, part).tensors(params.data, device) for part in ("train", "test"))
-    model = build_model(params.model, params.seed).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), params.train.learning_rate, weight_decay=params.train.weight_decay)
-    model.train()
-    for batch in torch.randperm(len(images)).split(params.train.batch_size):
-        optimizer.zero_grad()
-        F.nll_loss(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-    predict(model, test[0], params.evaluate.batch_size)
-
-
-def _plain_epoch(params: Params, device: torch.device) -> None:
-    """Do the same with a DataLoader that applies torchvision's transforms image by image."""
-    transform = transforms.Compose(
-        [transforms.ToTensor(), transforms.Normalize((params.data.mean,), (params.data.std,))]
-    )
+def _epoch_seconds() -> dict[str, list[float]]:
+    """Return the seconds of the pipeline's epoch, of the plain loop's and of the evaluation, each in a new process."""
+    as_users_have_it = {name: value for name, value in clean_environment().items() if name not in SETTINGS}
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / "MNIST").mkdir()
         (Path(root) / "MNIST" / "raw").symlink_to(RAW.resolve())  # where torchvision looks
-        training, test = (datasets.MNIST(root, train=part, transform=transform) for part in (True, False))
-    model = build_model(params.model, params.seed).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), params.train.learning_rate, weight_decay=params.train.weight_decay)
-    model.train()
-    for images, labels in DataLoader(training, params.train.batch_size, shuffle=True):
-        optimizer.zero_grad()
-        F.nll_loss(model(images.to(device)), labels.to(device)).backward()
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        for images, labels in DataLoader(test, params.evaluate.batch_size):
-            F.nll_loss(model(images.to(device)), labels.to(device), reduction="sum").item()
+        commands = {
+            "pipeline": ([sys.executable, "-m", "benchmarks.one_epoch", "train"], clean_environment()),
+            "plain": ([sys.executable, "benchmarks/plain_loop.py", root], as_users_have_it),
+            "evaluate": ([sys.executable, "-m", "benchmarks.one_epoch", "evaluate"], clean_environment()),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for _ in tqdm(range(ROUNDS), desc="Epochs", disable=None):
+            for name, (command, environment) in commands.items():
+                printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+                seconds[name].append(float(printed))
+    return seconds
 
 
 def _whole_training(recipe: str, device: torch.device) -> dict[str, Any]:

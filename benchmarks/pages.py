@@ -90,9 +90,10 @@ def _bench() -> str:
     epochs = {name: statistics.median(seconds) for name, seconds in seconds_of.items()}
     trainings = {name: training["seconds"] for name, training in measured["trainings"].items()}
     rows = []
+    names = {"pipeline": "An epoch: pipeline", "plain": "An epoch: plain", "evaluate": "The evaluation"}
     for name, seconds in epochs.items():
         ratios = [ours / plain for ours, plain in zip(seconds_of[name], seconds_of["plain"], strict=True)]
-        rows.append([f"An epoch: {name}", f"{seconds:.1f} s", f"{statistics.median(ratios):.2f}", _spread(ratios)])
+        rows.append([names[name], f"{seconds:.1f} s", f"{statistics.median(ratios):.2f}", _spread(ratios)])
     rows += [[f"A training: {name}", f"{seconds:.0f} s", "", ""] for name, seconds in trainings.items()]
     for name, rounds in measured["pipeline_seconds"].items():
         label = "`dvc repro` with nothing to do" if name == "dvc repro" else f"Start-up of {name}"
@@ -135,16 +136,13 @@ def _processes() -> str:
     sums = 2 * _NORMALIZATIONS
     gradient, statistic = (measured["seconds_of_a_sum"][kind] for kind in ("gradient", "statistics"))
     exchange = gradient + sums * statistic
-    longer = measured["seconds_of_a_step"]["in a group"] / measured["seconds_of_a_step"]["alone"]
     text = (
         f"With two processes, the sum of all gradients takes {1000 * gradient:.2f} ms and the sum of the statistics of "
         f"one normalisation {1000 * statistic:.2f} ms. A step needs one of the first and {sums} of the second, forward "
         f"and backward: {1000 * exchange:.1f} ms, beside {1000 * step:.0f} ms of arithmetic for a batch of {batch} on "
-        "one core. The group's own normalisation and dropout need several operations where torch's need one, which "
-        f"makes the arithmetic {longer:.2f} times as long. So if each of N processes has a whole core, a step takes "
-        f"about {1000 * longer * step:.0f}/N + {1000 * exchange:.1f} ms: two processes are "
-        f"{step / (longer * step / 2 + exchange):.1f} times as fast as one; with "
-        f"{max(1, round(longer * step / exchange))}, half of each step is waiting; no number of processes is more than "
+        f"one core. So if each of N processes has a whole core, a step takes about {1000 * step:.0f}/N + "
+        f"{1000 * exchange:.1f} ms: two processes are {step / (step / 2 + exchange):.1f} times as fast as one; with "
+        f"{max(1, round(step / exchange))}, half of each step is waiting; no number of processes is more than "
         f"{step / exchange:.0f} times as fast as one."
     )
     header = ["", "images a second", "relative to one process of one thread", "lowest to highest round"]

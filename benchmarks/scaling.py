@@ -8,29 +8,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from tqdm import tqdm
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.common.paths import RAW
-from mnist_pipeline.data.digits import SIDE, load_digits
+from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import set_up_torch
 from mnist_pipeline.model.network import build_model
-from mnist_pipeline.training.distributed.group import BatchNorm, Dropout, Group, train_in_group
+from mnist_pipeline.training.distributed.group import Group, train_in_group
 from mnist_pipeline.training.distributed.launch import join_group
 from mnist_pipeline.training.loop import TrainingLoop, start_training, train
 
 ROUNDS = 3
 SUMS = 200  # timed, for each size
-STEPS = 20  # timed, for each model
 _IMAGES = 10_000
 _LAYOUTS = {"1 process of 1 thread": (1, 1), "2 processes of 1 thread": (2, 1), "1 process of 2 threads": (1, 2)}
 
 
 def measure_processes_and_threads(params: Params) -> dict[str, Any]:
-    """Return each layout's images a second, round by round, and the seconds of the sums and steps of a group."""
+    """Return each layout's images a second, round by round, and the seconds of the sums of a group."""
     rates: dict[str, list[float]] = {layout: [] for layout in _LAYOUTS}
     for _ in tqdm(range(ROUNDS), desc="Processes and threads", disable=None):
         for layout, (processes, threads) in _LAYOUTS.items():
@@ -42,7 +40,6 @@ def measure_processes_and_threads(params: Params) -> dict[str, Any]:
     found = {
         "images_a_second": rates,
         "seconds_of_a_sum": _run_in_group(2, _seconds_of_sums, params),
-        "seconds_of_a_step": _seconds_of_steps(params),
     }
     set_up_torch(params.threads)
     return found
@@ -99,22 +96,3 @@ def _seconds_of_a_sum(group: Group, size: int) -> float:
         group.sum(values)
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
-
-
-def _seconds_of_steps(params: Params) -> dict[str, float]:
-    """Return the median seconds of a forward and backward pass on one thread, with torch's layers and a group's."""
-    device = set_up_torch(threads=1)
-    batch = torch.zeros(params.train.batch_size, 1, SIDE, SIDE, device=device)
-    alone, grouped = (build_model(params.model, params.seed).to(device).train() for _ in range(2))
-    for name, layer in list(grouped.named_modules()):
-        if isinstance(layer, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
-            whole = BatchNorm(layer, Group()) if isinstance(layer, nn.BatchNorm2d) else Dropout(layer, Group())
-            whole.batch_size = len(batch)
-            grouped.set_submodule(name, whole)
-    seconds: dict[str, list[float]] = {"alone": [], "in a group": []}
-    for _ in range(STEPS):
-        for model, found in zip((alone, grouped), seconds.values(), strict=True):
-            start = time.perf_counter()
-            model(batch).sum().backward()
-            found.append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in seconds.items()}

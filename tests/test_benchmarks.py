@@ -46,7 +46,6 @@ def repository(trained: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for module in (bench, scaling):
         monkeypatch.setattr(module, "ROUNDS", 1)
     monkeypatch.setattr(scaling, "SUMS", 2)
-    monkeypatch.setattr(scaling, "STEPS", 2)
     monkeypatch.setattr(tracking_stores, "CALLS", 6)
     return repository
 

@@ -21,7 +21,7 @@ def images(small_data: Path, params: Params) -> Tensor:
 
 def moved(images: Tensor, monkeypatch: pytest.MonkeyPatch, drawn: float, **limits: float) -> Tensor:
     """Augment with every random number from -1 to 1 being the same."""
-    monkeypatch.setattr(torch, "rand", lambda size: torch.full((size,), (drawn + 1) / 2))
+    monkeypatch.setattr(torch, "rand", lambda *size: torch.full(size, (drawn + 1) / 2))
     return augment(images, OFF.model_copy(update=limits))
 
 

@@ -342,16 +342,3 @@ def test_the_last_epochs_are_clean(params: Params, training: Part, monitor: Part
     clean = training[0].flatten(1).sum(dim=1).sort().values
     torch.testing.assert_close(last, clean)
     assert not torch.allclose(first, clean)
-
-
-def test_bfloat16_trains_nearly_as_float32_and_keeps_weights_and_log_probabilities_in_float32(
-    params: Params, training: Part
-) -> None:
-    losses = {}
-    for precision in ("float32", "bfloat16"):
-        model = build_model(params.model, seed=0)
-        (result,) = train(model, training, training, shrunk(params, precision=precision), seed=0)
-        losses[precision] = result.training.loss
-        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
-    assert losses["bfloat16"] != losses["float32"]

@@ -45,7 +45,7 @@ class Digits:
 
     def tensors(self, normalization: Normalization, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the network's input (N, 1, 28, 28), pixels scaled to 0..1 and normalised, and the labels (N,)."""
-        images = ((self.pixels.float() / 255 - normalization.mean) / normalization.std).unsqueeze(1)
+        images = self.pixels.float().div_(255).sub_(normalization.mean).div_(normalization.std).unsqueeze(1)
         return images.to(device), self.labels.to(device)
 
 

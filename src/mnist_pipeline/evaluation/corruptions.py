@@ -15,12 +15,9 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from mnist_pipeline.data.digits import SIDE, Digits
+from mnist_pipeline.data.resampling import X, Y, cosine_and_sine, resample
 
 BATCH_SIZE = 1000  # images; bounds memory
-
-# Each pixel's distance from the middle of the image, to the right and down.
-_X = (torch.arange(SIDE) - (SIDE - 1) / 2).expand(SIDE, SIDE)
-_Y = _X.T
 
 
 @dataclass(frozen=True)
@@ -49,16 +46,10 @@ def _draw_signs(images: Tensor, generator: Generator, *shape: int) -> Tensor:
     return _draw_uniform(images, generator, *shape, 1, 1).round() * 2 - 1
 
 
-def _resample(images: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Take each pixel from the place (x, y), in pixels from the middle: bilinear, and black outside the image."""
-    places = torch.stack(torch.broadcast_tensors(x, y), dim=-1).expand(len(images), SIDE, SIDE, 2) * (2 / SIDE)
-    return F.grid_sample(images.unsqueeze(1), places, align_corners=False).squeeze(1)
-
-
 def _smooth(images: Tensor, sigma: float) -> Tensor:
     """Convolve images (N, 28, 28) with a Gaussian whose standard deviation is `sigma` pixels."""
-    distances = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
-    weights = torch.exp(-(distances**2) / (2 * sigma**2))
+    reach = math.ceil(3 * sigma)
+    weights = torch.tensor([math.exp(-(distance**2) / (2 * sigma**2)) for distance in range(-reach, reach + 1)])
     weights = (weights / weights.sum()).view(1, 1, 1, -1)
     across = F.conv2d(images.unsqueeze(1), weights, padding="same")
     return F.conv2d(across, weights.mT, padding="same").squeeze(1)
@@ -66,30 +57,30 @@ def _smooth(images: Tensor, sigma: float) -> Tensor:
 
 def rotate(images: Tensor, generator: Generator, degrees: float = 25) -> Tensor:
     """Turn each image clockwise or anticlockwise."""
-    angle = _draw_signs(images, generator) * math.radians(degrees)
-    return _resample(images, _X * angle.cos() - _Y * angle.sin(), _X * angle.sin() + _Y * angle.cos())
+    cosine, sine = cosine_and_sine(_draw_signs(images, generator) * math.radians(degrees))
+    return resample(images, X * cosine - Y * sine, X * sine + Y * cosine)
 
 
 def translate(images: Tensor, generator: Generator, pixels: float = 2) -> Tensor:
     """Move each image left or right, and up or down."""
     across, down = _draw_signs(images, generator, 2).unbind(1)
-    return _resample(images, _X + pixels * across, _Y + pixels * down)
+    return resample(images, X + pixels * across, Y + pixels * down)
 
 
 def shrink(images: Tensor, generator: Generator, factor: float = 0.65) -> Tensor:
     """Make each digit smaller."""
-    return _resample(images, _X / factor, _Y / factor)
+    return resample(images, X / factor, Y / factor)
 
 
 def shear(images: Tensor, generator: Generator, slope: float = 0.7) -> Tensor:
     """Slant each image to the left or the right, by `slope` pixels for each pixel down."""
-    return _resample(images, _X + slope * _draw_signs(images, generator) * _Y, _Y)
+    return resample(images, X + slope * _draw_signs(images, generator) * Y, Y)
 
 
 def tilt(images: Tensor, generator: Generator, strength: float = 0.5) -> Tensor:
     """Show each image in perspective: its left or right side is farther away and looks smaller."""
-    nearness = (1 + strength * _draw_signs(images, generator) * _X / (SIDE / 2)) / (1 + strength)
-    return _resample(images, _X / nearness, _Y / nearness)
+    nearness = (1 + strength * _draw_signs(images, generator) * X / (SIDE / 2)) / (1 + strength)
+    return resample(images, X / nearness, Y / nearness)
 
 
 def deform(images: Tensor, generator: Generator, pixels: float = 1.5, sigma: float = 3) -> Tensor:
@@ -100,7 +91,7 @@ def deform(images: Tensor, generator: Generator, pixels: float = 1.5, sigma: flo
     """
     noise = torch.randn(len(images), 2, SIDE, SIDE, generator=generator)
     moves = _smooth(noise.flatten(0, 1), sigma).view_as(noise) * (pixels * 2 * sigma * math.sqrt(math.pi))
-    return _resample(images, _X + moves[:, 0], _Y + moves[:, 1])
+    return resample(images, X + moves[:, 0], Y + moves[:, 1])
 
 
 def add_gaussian_noise(images: Tensor, generator: Generator, deviation: float = 0.15) -> Tensor:
@@ -121,9 +112,9 @@ def blur(images: Tensor, generator: Generator, sigma: float = 1.25) -> Tensor:
 
 def blur_by_motion(images: Tensor, generator: Generator, pixels: int = 5) -> Tensor:
     """Blur each image along a line of `pixels`, in a random direction."""
-    angle = math.pi * _draw_uniform(images, generator, 1, 1)
+    cosine, sine = cosine_and_sine(math.pi * _draw_uniform(images, generator, 1, 1))
     steps = range(-(pixels // 2), pixels // 2 + 1)
-    return torch.stack([_resample(images, _X + step * angle.cos(), _Y + step * angle.sin()) for step in steps]).mean(0)
+    return torch.stack([resample(images, X + step * cosine, Y + step * sine) for step in steps]).mean(0)
 
 
 def lower_contrast(images: Tensor, generator: Generator, factor: float = 0.4) -> Tensor:
@@ -141,21 +132,21 @@ def add_fog(images: Tensor, generator: Generator, density: float = 0.25) -> Tens
 def add_stripe(images: Tensor, generator: Generator, pixels: float = 2) -> Tensor:
     """Invert a vertical stripe somewhere in the middle half of each image."""
     middle = (_draw_uniform(images, generator, 1, 1) - 0.5) * SIDE / 2
-    return torch.where((_X - middle).abs() < pixels / 2, 1 - images, images)
+    return torch.where((X - middle).abs() < pixels / 2, 1 - images, images)
 
 
 def occlude(images: Tensor, generator: Generator, pixels: float = 6) -> Tensor:
     """Hide a square of each image in black; its centre is somewhere in the middle third."""
     across, down = ((_draw_uniform(images, generator, 2, 1, 1) - 0.5) * SIDE / 3).unbind(1)
-    hidden = ((_X - across).abs() < pixels / 2) & ((_Y - down).abs() < pixels / 2)
+    hidden = ((X - across).abs() < pixels / 2) & ((Y - down).abs() < pixels / 2)
     return images.masked_fill(hidden, 0)
 
 
 def add_dotted_line(images: Tensor, generator: Generator, width: float = 2) -> Tensor:
     """Draw a straight dotted line across each image, near the middle."""
     angle, offset = _draw_uniform(images, generator, 2, 1, 1).unbind(1)
-    angle, offset = math.pi * angle, (offset - 0.5) * SIDE / 2
-    along, aside = _X * angle.cos() + _Y * angle.sin(), _Y * angle.cos() - _X * angle.sin()
+    (cosine, sine), offset = cosine_and_sine(math.pi * angle), (offset - 0.5) * SIDE / 2
+    along, aside = X * cosine + Y * sine, Y * cosine - X * sine
     dots = ((aside - offset).abs() < width / 2) & (along % (2 * width) < width)
     return images.masked_fill(dots, 1)
 

@@ -1,26 +1,51 @@
 """Predict log-probabilities for images, and score them."""
 
+import contextlib
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import deterministic
 from tqdm import tqdm
 
 from mnist_pipeline.common.scores import Score
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # options of mallopt(3)
 
 
 def set_up_torch(threads: int) -> torch.device:
     """Make torch deterministic with a fixed number of CPU threads; return the GPU if there is one, else the CPU.
 
-    Source: PyTorch's notes on reproducibility.
+    Say so in a line if the kernels are not those of `common.kernels`. Source: PyTorch's notes on reproducibility.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing reads it; filling takes time
     torch.set_num_threads(threads)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _keep_freed_memory()
+    if torch.cuda.is_available():
+        _warn("on a GPU", "; to use the processor, set CUDA_VISIBLE_DEVICES to nothing")
+        return torch.device("cuda")
+    if (found := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        _warn(f"with kernels for {found}", "; they are the committed ones on x86-64 processors with AVX2")
+    return torch.device("cpu")
+
+
+def _warn(where: str, advice: str) -> None:
+    print(f"warning: {where} the last bits of the results may differ from the committed ones{advice}", file=sys.stderr)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep large blocks for the next step: to get them anew costs a fifth of a training's time."""
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has mallopt
+        library = ctypes.CDLL(None)
+        library.mallopt(_MMAP_THRESHOLD, 2**30)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager

@@ -95,8 +95,7 @@ def _train_epoch(
     for number, batch in enumerate(batches):
         rate = learning_rate(params, epoch - 1 + number / len(batches))
         seen = augment(images[batch], augmentation) if augmentation else images[batch]
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=params.precision == "bfloat16"):
-            log_probabilities = model(seen)
+        log_probabilities = model(seen)
         loss = smoothed_cross_entropy(log_probabilities, labels[batch], params.label_smoothing) / len(batch)
         model.zero_grad()
         loss.backward()

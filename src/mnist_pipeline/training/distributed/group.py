@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mnist_pipeline.common.params import TrainParams
 from mnist_pipeline.common.scores import EpochResult
+from mnist_pipeline.model.layers import BatchNorm2d, Dropout
 from mnist_pipeline.training.checkpoint import dump_training, load_training
 from mnist_pipeline.training.loop import OnBatch, Training, train
 
@@ -46,8 +47,12 @@ class Group:
         return batch.tensor_split(self.size)[self.rank]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of a tensor over the processes; gradients flow back to each."""
-        return values if self.size == 1 else cast("Tensor", _Sum.apply(values))
+        """Return the sum of a tensor over the processes."""
+        if self.size == 1:
+            return values
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
 
     def gather(self, share: Tensor, count: int) -> Tensor:
         """Put the processes' results for their shares together; return the results (count, …) for the whole batch.
@@ -108,90 +113,38 @@ class SharedModel(nn.Module):
         self.model, self.group = model, group
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         replica = copy.deepcopy(model, cast("dict[int, Any]", shared))
-        self.layers: list[BatchNorm | Dropout] = []
+        self.dropouts: list[SharedDropout] = []
         for name, layer in list(replica.named_modules()):
-            if isinstance(layer, nn.BatchNorm2d | nn.Dropout | nn.Dropout2d):
-                whole = BatchNorm(layer, group) if isinstance(layer, nn.BatchNorm2d) else Dropout(layer, group)
-                replica.set_submodule(name, whole)
-                self.layers.append(whole)
-        self.replica = DistributedDataParallel(replica.train())
+            if isinstance(layer, BatchNorm2d):
+                layer.add_up = group.sum  # the statistics are those of the whole batch
+            elif isinstance(layer, Dropout):
+                self.dropouts.append(SharedDropout(layer, group))
+                replica.set_submodule(name, self.dropouts[-1])
+        # Every process computes the buffers itself.
+        self.replica = DistributedDataParallel(replica.train(), broadcast_buffers=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
-        for layer in self.layers:
-            layer.batch_size = len(images)
+        for dropout in self.dropouts:
+            dropout.batch_size = len(images)
         share = self.group.share(images)
         return self.group.gather((self.replica if self.training else self.model)(share), len(images))
 
 
-class BatchNorm(nn.Module):
-    """Normalise a share by the whole batch's mean and variance (Ioffe and Szegedy, arXiv:1502.03167).
+class SharedDropout(nn.Module):
+    """Dropout for a share. The draw is the one that one process makes for the whole batch."""
 
-    torch's SyncBatchNorm does this on GPUs only.
-    """
-
-    def __init__(self, layer: nn.BatchNorm2d, group: Group) -> None:
+    def __init__(self, layer: Dropout, group: Group) -> None:
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        # Not registered as buffers: DistributedDataParallel would send them, and every process computes them itself.
-        self.running = cast(
-            "tuple[Tensor, Tensor, Tensor]", (layer.running_mean, layer.running_var, layer.num_batches_tracked)
-        )
-        self.momentum, self.eps = cast("float", layer.momentum), layer.eps
-        self.group = group
+        self.layer, self.group = layer, group
         self.batch_size = 0  # images in the whole batch
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Normalise inputs (N, C, H, W), where N may be 0, and update the running statistics."""
-        count = self.batch_size * inputs.shape[2] * inputs.shape[3]
-        values = inputs.float()
-        sums = torch.stack([values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))]).double()
-        mean, square = self.group.sum(sums) / count
-        variance = square - mean.square()
-        with torch.no_grad():
-            running_mean, running_variance, batches = self.running
-            running_mean.lerp_(mean.float(), self.momentum)
-            running_variance.lerp_((variance * count / (count - 1)).float(), self.momentum)
-            batches.add_(1)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        shift = self.bias - mean * scale
-        normalized: Tensor = values * scale.float().view(-1, 1, 1) + shift.float().view(-1, 1, 1)
-        return normalized.to(inputs.dtype)
-
-
-class Dropout(nn.Module):
-    """Dropout for a share; the draw is the one that torch makes for the whole batch on the CPU."""
-
-    def __init__(self, layer: nn.Dropout | nn.Dropout2d, group: Group) -> None:
-        super().__init__()
-        self.keep = 1 - layer.p
-        self.whole_maps = isinstance(layer, nn.Dropout2d)
-        self.group = group
-        self.batch_size = 0  # images in the whole batch
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Zero some of the inputs (N, C, H, W), and scale up the others so that the expected sum stays."""
-        if self.keep == 1:
+        """Drop some of the inputs (N, C, …), and scale up the others."""
+        if not self.layer.p:
             return inputs
-        size = (1, 1) if self.whole_maps else inputs.shape[2:]
-        noise = inputs.new_empty(self.batch_size, inputs.shape[1], *size).bernoulli_(self.keep).div_(self.keep)
-        return inputs * self.group.share(noise)
-
-
-class _Sum(torch.autograd.Function):
-    """Sum a tensor over the processes. Each process's values enter the loss of all, so backward sums gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        total = values.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
+        factors = self.layer.draw_factors(torch.Size((self.batch_size, *inputs.shape[1:])), inputs.device)
+        return inputs * self.group.share(factors)
 
 
 class _Gather(torch.autograd.Function):
