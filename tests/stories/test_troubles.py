@@ -53,6 +53,22 @@ def train(repository: Repository, in_process: bool = True, **variables: str) -> 
     )
 
 
+# Git that changes line endings
+
+
+@pytest.mark.parametrize("setting", ["core.autocrlf=true", "core.autocrlf=input", "core.eol=crlf"])
+def test_a_clone_has_the_same_bytes_whatever_git_does_with_line_endings(
+    trained: Repository, tmp_path: Path, setting: str
+) -> None:
+    clone = tmp_path / "clone"
+    trained.run("git", "clone", "--quiet", "-c", setting, ".", str(clone)).check_returncode()
+    files = trained.run("git", "ls-files").stdout.splitlines()
+    assert {"dvc.lock", "reports/history.csv", "reports/figures/loss.png", "stages/train.py"} < set(files)
+    changed = [file for file in files if (clone / file).read_bytes() != (trained.root / file).read_bytes()]
+    assert changed == []
+    assert Repository(clone).run("git", "status", "--porcelain").stdout == ""
+
+
 # Without git, as from a source archive
 
 

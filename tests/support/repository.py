@@ -22,6 +22,7 @@ PIPELINE = [
     ".dvc/config",
     ".dvc/plots",
     ".dvcignore",
+    ".gitattributes",
     ".gitignore",
     "Makefile",
     "data/added/.gitignore",
