@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mnist_pipeline.data.digits import SIDE, Digits
 from mnist_pipeline.data.resampling import X, Y, cosine_and_sine, resample
 
-BATCH_SIZE = 1000  # images; bounds memory
+BATCH_SIZE = 250  # images; what a step needs then fits into the cache
 
 
 @dataclass(frozen=True)

@@ -26,4 +26,4 @@ def augment(images: Tensor, params: AugmentationParams) -> Tensor:
     # Each pixel of the new image comes from this place in the old one.
     x = (cosine * X - sine * Y) / scale + shear * Y + across
     y = (sine * X + cosine * Y) / scale + down
-    return resample(images.squeeze(1), x.to(images), y.to(images), padding="border").unsqueeze(1)
+    return resample(images.squeeze(1), x.to(images), y.to(images), padding="replicate").unsqueeze(1)
