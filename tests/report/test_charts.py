@@ -3,12 +3,17 @@
 import base64
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
+from fontTools.ttLib import TTFont
 from PIL import Image
+from support import ROOT
 from support.made_up import DIGITS, MISTAKES, MadeUpRun
 
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
@@ -146,3 +151,35 @@ def test_a_filter_is_drawn_weight_by_weight() -> None:
     assert len(shown) == 90
     assert [shown[x, 0] for x in (0, 1, 2, 4)] == [0, 1, 2, 9]  # a row of the first, then the second
     assert [shown[0, y] for y in (0, 1, 2, 4)] == [0, 3, 6, 72]  # a column of the first, then the ninth
+
+
+DRAW = """
+import sys
+from pathlib import Path
+import vl_convert
+from mnist_pipeline.report.chart_style import chart_rows, style_chart, write_chart
+chart = style_chart(chart_rows([{"a": "gate", "b": 1}]).mark_bar().encode(x="a:N", y="b:Q"), 100)
+if sys.argv[1] == "chart.png":
+    write_chart(Path(sys.argv[1]), chart)
+else:
+    Path(sys.argv[1]).write_bytes(vl_convert.vegalite_to_png(chart.to_dict()))
+"""
+
+
+def test_a_font_of_the_system_changes_no_chart(tmp_path: Path) -> None:
+    """The system's font is another one under the same name, so a chart drawn with it differs."""
+    found = TTFont(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+    for name in found["name"].names:
+        if name.nameID in (1, 16):  # the family
+            name.string = "Liberation Sans"
+    (tmp_path / "with font/.fonts").mkdir(parents=True)
+    (tmp_path / "without").mkdir()
+    found.save(tmp_path / "with font/.fonts/font.ttf")
+
+    def draw(home: str, name: str) -> bytes:
+        environment = {"HOME": str(tmp_path / home), "PYTHONPATH": str(ROOT / "src")}
+        subprocess.run([sys.executable, "-c", DRAW, name], cwd=tmp_path, env=environment, check=True)
+        return (tmp_path / name).read_bytes()
+
+    assert draw("with font", "plain.png") != draw("without", "plain.png")
+    assert draw("with font", "chart.png") == draw("without", "chart.png")
