@@ -10,7 +10,8 @@ import mlflow
 from mlflow.entities import Metric
 from tqdm import tqdm
 
-from mnist_pipeline.tracking.store import TRACKING_URI, configure_mlflow, prepare_database
+from mnist_pipeline.tracking.address import TRACKING_URI
+from mnist_pipeline.tracking.store import configure_mlflow, prepare_database
 
 CALLS = 200  # of each kind
 _METRICS = 6  # that a training logs after each epoch

@@ -319,7 +319,7 @@ def test_a_training_that_was_killed_continues_in_its_run(tmp_path: Path, sqlite:
 def test_a_training_continues_in_the_run_that_the_server_has_a_part_of(tmp_path: Path, sqlite: Server) -> None:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     with inside(Repository(tmp_path, sqlite.uri)):
-        part = Store().begin_run(TRAIN, {})
+        part = Store().begin_run(TRAIN)
         part.log_epoch(EPOCHS[0].row())
         with training_run(TRAIN, {}, Net(PARAMS.model), EPOCHS, part.id) as continued:
             assert continued.id == part.id

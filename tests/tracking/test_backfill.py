@@ -175,7 +175,8 @@ def test_a_run_with_a_part_of_the_training_is_completed(
     store: Repository, tags: dict[str, str], environment: dict[str, str], count: int
 ) -> None:
     with mock.patch.dict(os.environ, environment):
-        part = Store().begin_run(trace("train"), tags)
+        part = Store().begin_run(trace("train"))
+        part.log(tags=tags)
         part.log_epoch(EPOCHS[0].row(), epoch_seconds=9)
     assert names_of_missing() == STAGES
     backfill_run()
@@ -217,21 +218,6 @@ def test_an_experiment_gets_a_run_of_its_own(store: Repository, monkeypatch: pyt
     assert trial.info.run_name == trial.data.tags["dvc_experiment"] == "trial"
     assert "dvc_experiment" not in first.data.tags
     assert trial.data.metrics == first.data.metrics
-
-
-def test_our_own_database_is_newer_afterwards(store: Repository) -> None:
-    for _ in range(2):
-        os.utime(store.root / "mlflow.db", (0, 0))
-        backfill_run()
-        assert (store.root / "mlflow.db").stat().st_mtime > 0
-
-
-def test_a_database_that_the_user_named_is_not_touched(store: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copy(store.root / "mlflow.db", store.root / "named.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.root / 'named.db'}")
-    os.utime(store.root / "mlflow.db", (0, 0))
-    backfill_run()
-    assert (store.root / "mlflow.db").stat().st_mtime == 0
 
 
 def test_outputs_of_other_params_or_code_are_not_added(pipeline: Path, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_a_runs_description_is_its_test_result(scenario: Scenario) -> None:
 
 def test_a_run_is_named_for_its_dvc_experiment(store: Repository) -> None:
     with mock.patch.dict(os.environ, DVC_EXP_NAME="trial"):
-        Store().begin_run(TRAIN, {})
+        Store().begin_run(TRAIN)
     [run] = store.runs()
     assert run.info.run_name == run.data.tags["dvc_experiment"] == "trial"
 
@@ -254,7 +254,7 @@ def test_a_run_is_named_for_its_dvc_experiment(store: Repository) -> None:
 def test_a_run_has_a_stage_after_it_was_added_from_the_same_inputs() -> None:
     write_json(METRICS, TESTED)
     write_text(FIGURES / "curves.png", "made up")
-    run = Store().begin_run(TRAIN, {})
+    run = Store().begin_run(TRAIN)
     assert not run.has_stage(EVALUATE)
     run.add_stage(EVALUATE)
     assert run.has_stage(EVALUATE)
@@ -264,7 +264,7 @@ def test_a_run_has_a_stage_after_it_was_added_from_the_same_inputs() -> None:
 
 @pytest.mark.usefixtures("store")
 def test_a_stage_that_was_added_in_part_is_missing() -> None:
-    run = Store().begin_run(TRAIN, {})
+    run = Store().begin_run(TRAIN)
     write_json(METRICS, TESTED)
     with pytest.raises(FileNotFoundError):
         run.add_stage(EVALUATE)  # there are no figures
@@ -274,7 +274,7 @@ def test_a_stage_that_was_added_in_part_is_missing() -> None:
 def test_a_tag_follows_a_param_that_a_rerun_sets_back(store: Repository) -> None:
     write_json(METRICS, TESTED)
     write_text(FIGURES / "curves.png", "made up")
-    run = Store().begin_run(TRAIN, {})
+    run = Store().begin_run(TRAIN)
     for size in (1000, 500, 1000):
         run.add_stage(replace(EVALUATE, params={"evaluate.batch_size": size}))
     [found] = store.runs()
@@ -283,7 +283,7 @@ def test_a_tag_follows_a_param_that_a_rerun_sets_back(store: Repository) -> None
 
 
 def test_the_test_images_are_named_even_if_they_also_monitored_the_training(store: Repository) -> None:
-    run = Store().begin_run(TRAIN, {})
+    run = Store().begin_run(TRAIN)
     run.log_datasets(load_training_data(DATA, NONE, PARAMS.data, seed=0))
     run.log_datasets({"test": load_digits(DATA, "test")})
     [found] = store.runs()

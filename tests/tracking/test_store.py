@@ -34,7 +34,7 @@ def test_the_store_is_the_named_one_or_the_one_in_the_repository(
     shutil.copy("mlflow.db", "named.db")
     if named:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store.root / 'named.db'}")
-    run = Store().begin_run(TRAIN, {})
+    run = Store().begin_run(TRAIN)
     used = store.root / ("named.db" if named else "mlflow.db")
     assert MlflowClient(f"sqlite:///{used}").get_run(run.id).data.tags["stage"] == "train"
 
@@ -57,16 +57,18 @@ def test_a_model_belongs_to_its_newest_run_in_the_same_dvc_experiment(
         ({"DVC_EXP_NAME": "a"}, "0" * 64),
     ]:
         with mock.patch.dict(os.environ, begun_in):
-            ids.append(Store().begin_run(TRAIN, {MODEL_TAG: digest}).id)
+            run = Store().begin_run(TRAIN)
+            run.log(tags={MODEL_TAG: digest})
+            ids.append(run.id)
     with mock.patch.dict(os.environ, environment):
-        run = Store().run_of(MODEL)
-    assert (run and ids.index(run.id)) == found
+        of_model = Store().run_of(MODEL)
+    assert (of_model and ids.index(of_model.id)) == found
 
 
 @pytest.mark.usefixtures("store")
 def test_finished_runs_are_flat_and_oldest_first() -> None:
     for status, loss in [("FINISHED", 0.5), ("FAILED", 0.4), ("FINISHED", 0.25)]:
-        run = Store().begin_run(TRAIN, {})
+        run = Store().begin_run(TRAIN)
         run.log({"train_loss": 1.0}, {"seed": 0}, step=1)
         run.log({"train_loss": loss}, step=2)
         run.close(status)
@@ -86,7 +88,7 @@ def test_a_failure_of_the_store_is_one_line_of_warning(
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err == (
-        "warning: MLflow at postgresql://host/runs failed (disk full), so the report is not tracked: "
+        "warning: MLflow at postgresql://host failed (disk full), so the report is not tracked: "
         "`make backfill` adds it when MLflow works again\n"
     )
 

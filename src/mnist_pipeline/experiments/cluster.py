@@ -5,6 +5,7 @@ Every machine runs `ray start` in the environment of its own clone of this repos
 
 import logging
 import os
+import re
 import signal
 import socket
 from collections.abc import Generator, Mapping
@@ -12,7 +13,6 @@ from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import Params
@@ -28,8 +28,8 @@ from mnist_pipeline.experiments.trial import (
     TrialProgress,
     run_trial,
 )
+from mnist_pipeline.tracking.address import TRACKING_URI, show_address
 from mnist_pipeline.tracking.provenance import clean_environment
-from mnist_pipeline.tracking.store import TRACKING_URI
 
 # Ray speaks gRPC: what a gRPC client sends first, and the kind of frame that a server answers with (RFC 9113, 3.4).
 _CLIENT_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -66,8 +66,9 @@ def connect_cluster(address: str) -> Generator[tuple[int, RunTrial]]:
 
 
 def _check_tracking() -> None:
-    if urlsplit(uri := os.environ.get(TRACKING_URI, "")).scheme not in ("http", "https"):
-        found = f"is {uri}" if uri else "is not set"
+    uri = os.environ.get(TRACKING_URI, "")
+    if not re.fullmatch(r"https?://[\w.:\[\]-]+", shown := show_address(uri)):
+        found = f"is {shown}" if uri else "is not set"
         raise UserError(
             f"with --ray, {TRACKING_URI} must name a server that all machines reach (http://HOST:5000), and {found}"
         )

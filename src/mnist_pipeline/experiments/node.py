@@ -13,9 +13,9 @@ from filelock import FileLock
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import ADDED, CHECKPOINTS, PIPELINE, REQUIREMENTS
+from mnist_pipeline.tracking.address import TRACKING_URI, show_address
 from mnist_pipeline.tracking.git import commit_tags
 from mnist_pipeline.tracking.provenance import sha256_of_images
-from mnist_pipeline.tracking.store import TRACKING_URI
 
 ANSWER_SECONDS = 5  # within which a server must answer
 
@@ -61,14 +61,13 @@ def prepare_node(node: str, repository: Mapping[str, str], images: str, tracking
 
 
 def _check_server(node: str, uri: str) -> None:
-    parts = urlsplit(uri)
+    parts = urlsplit(shown := show_address(uri))
     try:
         address = (parts.hostname, parts.port or socket.getservbyname(parts.scheme))
         socket.create_connection(address, ANSWER_SECONDS).close()
-    except OSError as error:
-        where = f"{parts.scheme}://{parts.hostname}"  # leaves out any password
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"{node} does not reach MLflow at {where} ({error}): {TRACKING_URI} must name a server that it reaches"
+            f"{node} does not reach MLflow at {shown} ({error}): {TRACKING_URI} must name a server that it reaches"
         ) from None
 
 

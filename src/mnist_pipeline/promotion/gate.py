@@ -20,10 +20,10 @@ from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.report.tables import markdown_table
+from mnist_pipeline.tracking.address import store_address
 from mnist_pipeline.tracking.git import ALL_BUT_OUTPUTS
 from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.registry import ModelVersion, find_champion
-from mnist_pipeline.tracking.store import store_address
 
 _VALUE_LENGTH = 160  # characters, so that a row of the table stays readable
 _Share = Annotated[float, Field(ge=0, le=1)]

@@ -30,7 +30,7 @@ def backfill_run() -> None:
     if not MODEL.is_file():
         raise UserError(f"{MODEL} is absent: `dvc repro` makes it, `dvc pull` brings it")
     with continue_untracked(str(MODEL)):
-        store = Store()
+        store = Store(patient=True)
         if stages := missing_stages(store, "evaluate", "report"):
             if subprocess.run(["dvc", "status", "--quiet"], check=False).returncode != 0:
                 raise UserError("the outputs are not those of the params and the code here (`dvc status`): `dvc repro`")
@@ -40,8 +40,6 @@ def backfill_run() -> None:
         found = store.run_of(MODEL)
         if found and store.client.get_run(found.id).info.status == "RUNNING":  # the store failed to close it
             found.close("FINISHED")
-        if store.embedded:
-            store.database.touch()  # newer than dvc.lock: `make repro` need not look again
 
 
 def missing_stages(store: Store, *later: str) -> list[Provenance]:
@@ -70,7 +68,7 @@ def _add_training(store: Store, provenance: Provenance) -> None:
     parts = load_training_data(RAW, ADDED, params.data, params.seed)
     example, _ = parts["monitor"][:2].tensors(params.data, device)
     network = load_model(MODEL).network
-    run = store.unfinished_run_of(provenance) or store.begin_run(provenance, {})
+    run = store.unfinished_run_of(provenance) or store.begin_run(provenance)
     run.log(tags={BACKFILLED_TAG: "true"})
     run.log_start(provenance, parts, network)
     run.log_history(read_csv(HISTORY))

@@ -5,7 +5,6 @@ champion once there has been one.
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -21,8 +20,9 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import Digits
+from mnist_pipeline.tracking.address import locate_store
 from mnist_pipeline.tracking.run import DATA_TAG, DATASET_DIGEST_LENGTH, MODEL_TAG, NOTE_TAG
-from mnist_pipeline.tracking.store import DATABASE, TRACKING_URI, Store, ignore_mlflow_error, store_errors
+from mnist_pipeline.tracking.store import Store, ignore_mlflow_error, store_errors
 
 REGISTERED_MODEL = "mnist"
 CHALLENGER, CHAMPION, PREVIOUS = "challenger", "champion", "previous"  # models:/mnist@champion
@@ -83,8 +83,8 @@ class Registry:
         self.client = store.client
 
     def lock(self) -> AbstractContextManager[object]:
-        """Let one process at a time into a block, if the store is our own database."""
-        return FileLock(f"{self.store.database}.registry.lock") if self.store.embedded else nullcontext()
+        """Let one process at a time into a block, if the store is a database here."""
+        return FileLock(f"{self.store.database}.registry.lock") if self.store.database else nullcontext()
 
     def find(self, alias: str) -> ModelVersion | None:
         """Return the version with an alias, if there is one."""
@@ -186,10 +186,11 @@ def find_champion() -> ModelVersion | None:
     Raises:
         UserError: the store fails.
     """
-    if TRACKING_URI not in os.environ and not DATABASE.exists():
+    _, database = locate_store(Path())
+    if database and not database.exists():
         return None
     with store_errors():
-        return Registry(Store()).find(CHAMPION)
+        return Registry(Store(patient=True)).find(CHAMPION)
 
 
 def fetch_champion(directory: Path) -> tuple[Path, str] | None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlflow
 from filelock import FileLock
@@ -22,47 +22,61 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.params import flatten
 from mnist_pipeline.data.digits import Digits
+from mnist_pipeline.tracking.address import TRACKING_URI, hide_secrets, locate_store, store_address
+from mnist_pipeline.tracking.client import Client, Deadline
 from mnist_pipeline.tracking.git import run_title
 from mnist_pipeline.tracking.provenance import Provenance
 from mnist_pipeline.tracking.run import DATA_TAG, MODEL_TAG, TrackedRun
 
-TRACKING_URI = "MLFLOW_TRACKING_URI"
 PARENT_RUN = "MNIST_PARENT_RUN"  # environment variable: the id of the run that a training belongs to
-DATABASE = Path("mlflow.db")
 _EXPERIMENT = "mnist"
 _WORKSPACE_TAG = "workspace"
 _DVC_EXPERIMENT_TAG = "dvc_experiment"
 
 
 class Store:
-    """The tracking store and this project's runs in it."""
+    """The tracking store and this project's runs in it.
 
-    def __init__(self) -> None:
+    A stage gives its calls half a minute, all together. A command that exists for them is patient: it gives it to each.
+    """
+
+    def __init__(self, patient: bool = False) -> None:
         """Connect, and create the experiment unless it exists.
 
         Paths are absolute: DVC runs experiments in a temporary copy and sets `DVC_ROOT` to the original.
         """
         configure_mlflow()
         root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
-        self.database = root / DATABASE
-        os.environ[TRACKING_URI] = os.environ.get(TRACKING_URI) or f"sqlite:///{self.database}"
-        self.embedded = os.environ[TRACKING_URI] == f"sqlite:///{self.database}"
+        os.environ[TRACKING_URI], self.database = locate_store(root)
+        deadline = Deadline(patient)
         # Two processes that create the database's tables at once break each other (mlflow#6490).
-        with FileLock(f"{self.database}.lock", timeout=20) if self.embedded else nullcontext():
-            if self.embedded:
+        with FileLock(f"{self.database}.lock", timeout=deadline.seconds) if self.database else nullcontext():
+            if self.database:
                 prepare_database(self.database)
-            self.client = mlflow.MlflowClient()
-            if self.client.get_experiment_by_name(_EXPERIMENT) is None:
-                with ignore_mlflow_error("RESOURCE_ALREADY_EXISTS"):  # another process was faster
-                    artifacts = (root / "mlartifacts").as_uri() if self.embedded else None
-                    self.client.create_experiment(_EXPERIMENT, artifacts)
-            self.experiment_id = str(mlflow.set_experiment(_EXPERIMENT).experiment_id)
+            self.client = cast("mlflow.MlflowClient", Client(deadline))
+            self.experiment_id = self._find_experiment()
         self.dvc_experiment = os.environ.get("DVC_EXP_NAME")
         self._origin = {
             _DVC_EXPERIMENT_TAG: self.dvc_experiment,
             _WORKSPACE_TAG: f"{platform.node()}:{root}",
             MLFLOW_PARENT_RUN_ID: os.environ.get(PARENT_RUN),
         }
+
+    def _find_experiment(self) -> str:
+        """Return the experiment's id; create it if it is absent.
+
+        Raises:
+            RuntimeError: it was deleted. MLflow keeps it and its name, and logs nothing to it.
+        """
+        if (found := self.client.get_experiment_by_name(_EXPERIMENT)) is None:
+            with ignore_mlflow_error("RESOURCE_ALREADY_EXISTS"):  # another process was faster
+                artifacts = (self.database.parent / "mlartifacts").as_uri() if self.database else None
+                self.client.create_experiment(_EXPERIMENT, artifacts)
+            found = self.client.get_experiment_by_name(_EXPERIMENT)
+        if found is None or found.lifecycle_stage != "active":
+            restore = f"mlflow experiments restore --experiment-id {found and found.experiment_id}"
+            raise RuntimeError(f"the experiment {_EXPERIMENT} was deleted: `{restore}` brings it back")
+        return str(found.experiment_id)
 
     def search_runs(self, condition: str) -> list[Run]:
         """Return the runs that meet a condition in MLflow's search syntax, newest first."""
@@ -78,12 +92,23 @@ class Store:
         return TrackedRun(self.client, ids[0]) if ids else None
 
     def unfinished_run_of(self, provenance: Provenance) -> TrackedRun | None:
-        """Return the newest run of this training, begun in this workspace, that lacks its model: the store failed."""
+        """Return the newest run of this training, begun in this workspace, that lacks its model.
+
+        The training was killed, or the store failed.
+        """
         for run in self.search_runs(f"tags.fingerprint = '{provenance.fingerprint}'"):
-            tags = run.data.tags
-            if MODEL_TAG not in tags and all(tags.get(name) == value for name, value in self._origin.items()):
+            if MODEL_TAG not in run.data.tags and self._is_from_here(run):
                 return TrackedRun(self.client, run.info.run_id)
         return None
+
+    def close_dead_runs(self) -> None:
+        """Close the runs that trainings in this workspace left open when they were killed: one trains at a time."""
+        for run in self.search_runs("attributes.status = 'RUNNING'"):
+            if self._is_from_here(run):
+                TrackedRun(self.client, run.info.run_id).close("FINISHED" if MODEL_TAG in run.data.tags else "KILLED")
+
+    def _is_from_here(self, run: Run) -> bool:
+        return all(run.data.tags.get(name) == value for name, value in self._origin.items())
 
     def reopen_run(self, run_id: str | None) -> TrackedRun | None:
         """Set an interrupted run to RUNNING and return it; None if the store no longer has it."""
@@ -92,10 +117,10 @@ class Store:
         self.client.update_run(run_id, "RUNNING")
         return TrackedRun(self.client, run_id)
 
-    def begin_run(self, provenance: Provenance, tags: Mapping[str, str]) -> TrackedRun:
+    def begin_run(self, provenance: Provenance) -> TrackedRun:
         """Begin the run of a training."""
         origin = {name: value for name, value in self._origin.items() if value}
-        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256, **origin, **provenance.tags(), **tags}
+        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256, **origin, **provenance.tags()}
         return self.create_run(self.dvc_experiment or run_title(), known)
 
     def create_run(self, name: str, tags: Mapping[str, str]) -> TrackedRun:
@@ -115,8 +140,12 @@ def finished_runs(condition: str) -> list[dict[str, Any]]:
     """Return the finished runs that meet a condition in MLflow's search syntax, oldest first.
 
     Each is flat, with keys `params.…` and `metrics.…`; a metric has its last value.
+
+    Raises:
+        StoreError: the store failed.
     """
-    runs = Store().search_runs(f"attributes.status = 'FINISHED' and {condition}")
+    with store_errors():
+        runs = Store().search_runs(f"attributes.status = 'FINISHED' and {condition}")
     return [flatten({"params": run.data.params, "metrics": run.data.metrics}) for run in reversed(runs)]
 
 
@@ -125,8 +154,8 @@ def configure_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # By default MLflow waits minutes for a server that does not answer. These settings end a request after 13 seconds.
-    # A stage may send one more to close what it began, so it loses less than 30.
+    # By default MLflow waits minutes for a server that does not answer. These settings end a request after 13 seconds,
+    # and so, before `Deadline` does, give the reason.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
@@ -184,14 +213,9 @@ def continue_untracked(untracked: str) -> Iterator[None]:
         print(f"warning: {message}: `make backfill` adds it when MLflow works again", file=sys.stderr, flush=True)
 
 
-def store_address() -> str:
-    """Return the store's address, without any password."""
-    return re.sub(r"//[^/]*@", "//", os.environ.get(TRACKING_URI, str(DATABASE)))
-
-
 def _explain(error: Exception) -> str:
     """Say in one phrase why the store failed, and what to do about it if we know."""
-    text = str(error).strip() or type(error).__name__
+    text = hide_secrets(str(error).strip()) or type(error).__name__
     if re.search(r"database schema|Can't locate revision", text):
         return (
             f"the database's schema is not that of MLflow {version('mlflow')}: if an older one made it, copy it and "
@@ -215,10 +239,15 @@ def prepare_database(database: Path) -> None:
         new = database.with_name(f"{database.name}.new")
         try:
             _remove_database(new)  # left by a process that was killed
+            _check_database(new)
             mlflow.MlflowClient(f"sqlite:///{new}").search_experiments()
             new.replace(database)
         finally:
             _remove_database(new)
+    _check_database(database)
+
+
+def _check_database(database: Path) -> None:
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("BEGIN IMMEDIATE")
 

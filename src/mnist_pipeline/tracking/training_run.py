@@ -39,9 +39,12 @@ class TrainingRun:
         """Begin the run or reopen the interrupted one, and log what is known so far."""
         with self._attempt():
             store = Store()
-            run = store.reopen_run(self.id) or store.begin_run(self._provenance, {BACKFILLED_TAG: "false"})
+            store.close_dead_runs()
+            unfinished = store.unfinished_run_of(self._provenance)
+            resumed = store.reopen_run(self.id) or store.reopen_run(unfinished.id if unfinished else None)
+            run = resumed or store.begin_run(self._provenance)
             self.id, self.tracked = run.id, run
-            run.log(tags=self._provenance.tags() | machine_tags())
+            run.log(tags={BACKFILLED_TAG: "false", **self._provenance.tags(), **machine_tags()})
             run.log_start(self._provenance, datasets, model)
             run.log_history(result.row() for result in history)
 
