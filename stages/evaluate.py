@@ -7,7 +7,7 @@ sys.path.insert(0, "src")  # the package of this directory, whichever is install
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import write_csv, write_json
 from mnist_pipeline.common.params import load_params
-from mnist_pipeline.common.paths import CALIBRATION, METRICS, MODEL, PREDICTIONS, RAW, ROBUSTNESS
+from mnist_pipeline.common.paths import CALIBRATION, METRICS, MODEL, PREDICTIONS, RAW, ROBUSTNESS, checkpoint_path
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.evaluation.metrics import evaluate
 from mnist_pipeline.model.inference import set_up_torch
@@ -27,6 +27,7 @@ def main() -> None:
     write_csv(ROBUSTNESS, evaluation.robustness)
     write_json(METRICS, evaluation.metrics | {"model_bytes": MODEL.stat().st_size})
     print("Test set: Accuracy: {test_correct}/{test_total} ({test_accuracy:.2%})".format_map(evaluation.metrics))
+    checkpoint_path(trace("train").fingerprint).unlink(missing_ok=True)  # DVC has the model: see `Checkpoint.finish`
     with continue_untracked("what evaluate found"):
         Store().add_to_run_of(MODEL, provenance, {"test": digits})
 

@@ -37,7 +37,7 @@ def main(params: Params, train: TrainingLoop = train) -> None:
         write_csv(HISTORY, [result.row() for result in training.history])
         save_model(training.network, MODEL, params.model, params.data)
         tracked.log_model(training.network, MODEL, example=monitor[0][:2])
-    checkpoint.remove()
+    checkpoint.finish()
 
 
 if __name__ == "__main__":

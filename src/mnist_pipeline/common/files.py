@@ -1,18 +1,20 @@
 """Reading files, and writing them whole or not at all."""
 
 import csv
+import glob
 import hashlib
 import io
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
 from mnist_pipeline.common.errors import UserError
 
-_IGNORED = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", ".*.sw?", "*~")  # as in .dvcignore
+_IGNORED = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", ".*.sw?", "*~", ".*.????????")  # as in .dvcignore
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -22,17 +24,19 @@ def write_bytes(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the file from other users
-            os.replace(temporary, path)
+            with suppress(FileNotFoundError):  # another process has replaced the file meanwhile, and swept this one
+                temporary.replace(path)
         except BaseException:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
+        for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-z_]' * 8}"):  # by a process that was killed
+            left.unlink(missing_ok=True)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None  # name the file, not the temporary one
 

@@ -1,5 +1,6 @@
 """The paths of all files, relative to the repository's root, where every stage runs."""
 
+import os
 from pathlib import Path
 
 PARAMS = Path("params.yaml")
@@ -30,3 +31,8 @@ FIGURES = REPORTS / "figures"
 STUDIES = REPORTS / "studies"
 DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"
+
+
+def checkpoint_path(fingerprint: str) -> Path:
+    """Return the file of a training's checkpoint; it is in the repository itself when DVC runs a temporary copy."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / CHECKPOINTS / f"{fingerprint}.safetensors"

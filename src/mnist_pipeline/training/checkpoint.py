@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -11,7 +10,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mnist_pipeline.common.files import write_bytes
-from mnist_pipeline.common.paths import CHECKPOINTS
+from mnist_pipeline.common.paths import checkpoint_path
 from mnist_pipeline.common.scores import EpochResult, Score
 from mnist_pipeline.training.loop import Training
 
@@ -22,12 +21,11 @@ _DAMAGE = (safetensors.SafetensorError, KeyError, TypeError, ValueError)  # what
 class Checkpoint:
     """The file of one training. Its name is the fingerprint of all that the training depends on; it holds no pickle.
 
-    DVC deletes a stage's outputs before it runs the stage, so the file is not one of them. It lies at the root of the
-    repository itself, because DVC runs experiments in temporary copies.
+    DVC deletes a stage's outputs before it runs the stage, so the file is not one of them.
     """
 
     def __init__(self, fingerprint: str) -> None:
-        self.path = Path(os.environ.get("DVC_ROOT", ".")) / CHECKPOINTS / f"{fingerprint}.safetensors"
+        self.path = checkpoint_path(fingerprint)
 
     def save(self, training: Training, run_id: str | None) -> None:
         """Write a training and the id of its MLflow run, if it has one. The file is written whole or not at all."""
@@ -49,8 +47,17 @@ class Checkpoint:
         print(f"Going on after epoch {len(training.history)}, from {self.path}")
         return run_id
 
+    def finish(self) -> None:
+        """Delete the file of a training that has ended, unless DVC runs it.
+
+        DVC still has to take the outputs. If it is killed meanwhile, it runs the stage again, which then goes on from
+        the file. The evaluate stage deletes it: DVC runs that when it has the outputs.
+        """
+        if "DVC_ROOT" not in os.environ:
+            self.remove()
+
     def remove(self) -> None:
-        """Delete the file; a finished training no longer needs it."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
     def history(self) -> list[EpochResult]:
