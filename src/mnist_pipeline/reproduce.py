@@ -11,7 +11,7 @@ import yaml
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_csv
 from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
-from mnist_pipeline.tracking.git import run_git
+from mnist_pipeline.tracking.git import GitError, clone_repository, head_commit, locate_in_repository
 from mnist_pipeline.tracking.provenance import clean_environment
 
 _COMPARED = [LOCK, HISTORY, PREDICTIONS]  # git holds these, so the clone has the old ones
@@ -23,14 +23,14 @@ def reproduce_commit() -> None:
     Exit with 0 if all outputs are, otherwise with 1.
 
     Raises:
-        UserError: there is no commit, it lacks the outputs to compare with, or its pipeline fails.
+        UserError: there is no commit, git cannot clone it, it lacks outputs to compare with, or its pipeline fails.
     """
-    commit = run_git("rev-parse", "--short", "HEAD").strip()
-    if not commit:
-        raise UserError("this is not a git repository with a commit: there is nothing to compare with")
+    try:
+        commit = head_commit()[:7]
+    except GitError as error:
+        raise UserError(f"there is nothing to compare with: {error}") from None
     with tempfile.TemporaryDirectory() as temporary:
-        clone, committed = Path(temporary) / "clone", Path(temporary) / "committed"
-        subprocess.run(["git", "clone", "--quiet", ".", str(clone)], check=True)
+        clone, committed = clone_repository(Path(temporary) / "clone"), Path(temporary) / "committed"
         for path in _COMPARED:
             if not (clone / path).is_file():
                 raise UserError(f"{path} is not committed: run `make repro`, then commit {LOCK} and {REPORTS}")
@@ -40,8 +40,8 @@ def reproduce_commit() -> None:
         data = {"MNIST_DIR": str(RAW.resolve())} if RAW.is_dir() else {}  # saves the clone a download
         environment = data | clean_environment()
         for tracked in (clone / ADDED).glob("*.dvc"):
-            addition = ADDED / tracked.stem
-            get = ["dvc", "get", "--quiet", "--rev", "HEAD", "--out", str(clone / addition), ".", str(addition)]
+            addition, (top, below) = ADDED / tracked.stem, locate_in_repository()
+            get = ["dvc", "get", "--quiet", "--rev", "HEAD", "--out", str(clone / addition), top, below + str(addition)]
             subprocess.run(get, env=environment, check=False)  # if it fails, `dvc repro` says what is missing
         if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=environment, check=False).returncode != 0:
             raise UserError(f"the pipeline of commit {commit} failed, see above")

@@ -1,8 +1,12 @@
 """`mnist reproduce` compares digests and says how much a run differs from the committed one."""
 
+import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from support import DATA
 from support.repository import Repository
 
 from mnist_pipeline.common.errors import UserError
@@ -42,6 +46,36 @@ def test_a_commit_without_outputs_is_an_error(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(repository.root)
     with pytest.raises(UserError, match=r"^dvc\.lock is not committed: run `make repro`"):
         reproduce_commit()
+
+
+DVC = """#!/bin/sh
+case $1 in
+    repro) pwd; ls data/added/mine ;;
+    *) exec {} "$@" ;;
+esac
+"""
+
+
+@pytest.mark.pipeline
+def test_in_a_directory_of_a_larger_repository_the_pipeline_runs_in_the_same_place(
+    trained: Repository, tmp_path: Path
+) -> None:
+    repository = trained.copy(tmp_path / "larger one/pipeline")
+    shutil.rmtree(repository.root / ".git")
+    shutil.copytree(DATA, repository.root / "data/added/mine")
+    in_larger = {"GIT_CEILING_DIRECTORIES": str(tmp_path)}
+    Repository(tmp_path / "larger one").run("git", "init", "--quiet").check_returncode()
+    repository.dvc("add", "--quiet", "data/added/mine", **in_larger).check_returncode()
+    for command in (["add", "--all"], ["commit", "--quiet", "--message", "Keep"]):
+        repository.run("git", *command, **in_larger).check_returncode()
+    (tmp_path / "dvc").write_text(DVC.format(shutil.which("dvc")))  # instead of a run, it says what it would run on
+    (tmp_path / "dvc").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{repository.environment['PATH']}"
+    ended = repository.run("mnist", "reproduce", PATH=path, **in_larger)
+    assert ended.returncode == 0, ended.stdout
+    assert re.search(r"(?m)^\S+/clone/pipeline$", ended.stdout)
+    assert {path.name for path in DATA.glob("*-ubyte")} <= set(ended.stdout.split())
+    assert "Verdict: identical" in ended.stdout
 
 
 def test_only_outputs_are_compared(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What git says: the commit, whether the tree is dirty, a run's title, and the patch of what is not committed."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,26 +11,43 @@ import pytest
 from support import ROOT
 from support.working_tree import append, edit, git, write
 
-from mnist_pipeline.tracking.git import TITLE_LENGTH, commit_tags, run_title, uncommitted_patch
+from mnist_pipeline.tracking.git import (
+    TITLE_LENGTH,
+    GitError,
+    changed_files,
+    clone_repository,
+    commit_tags,
+    head_commit_or_none,
+    run_title,
+    uncommitted_patch,
+)
 
 
 @pytest.fixture
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    directory = tmp_path / "pipeline"
     for name in ("params.yaml", "stages/train.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, directory / name)
     for name in ("src", "models", "reports"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    return tmp_path
+        (directory / name).mkdir()
+    (directory / "known.bin").write_bytes(b"\0\1")
+    (directory / "latin-1.txt").write_bytes(b"caf\xe9\n")
+    (directory / "removed.txt").write_text("removed\n")
+    monkeypatch.chdir(directory)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    return directory
+
+
+def commit_all(directory: Path) -> None:
+    git("init", "--quiet", directory=directory)
+    git("add", "--all", directory=directory)
+    git("commit", "--quiet", "--message", "Begin", directory=directory)
 
 
 @pytest.fixture
 def committed(directory: Path) -> Path:
-    git("init", "--quiet")
-    git("add", "--all")
-    git("commit", "--quiet", "--message", "Begin")
+    commit_all(directory)
     return directory
 
 
@@ -116,25 +134,152 @@ def test_a_title_with_many_params_is_cut(committed: Path) -> None:
     assert len(run_title()) <= TITLE_LENGTH
 
 
-def test_the_patch_turns_the_commit_into_the_edited_tree(committed: Path) -> None:
+def tree(directory: Path) -> dict[str, bytes]:
+    """Return the files below a directory with their content, and links with their targets."""
+    paths = [
+        path for path in directory.rglob("*") if ".git" not in path.parts and (path.is_file() or path.is_symlink())
+    ]
+    return {
+        str(path.relative_to(directory)): os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        for path in paths
+    }
+
+
+def edit_in_every_way(committed: Path) -> None:
+    """Change, add and remove files of any content and name."""
     edit("params.yaml", "seed: 0", "seed: 1")(committed)
     append("stages/train.py")(committed)
-    write("src/new.py")(committed)
-    patch = uncommitted_patch()
-    edited = {path: (committed / path).read_bytes() for path in ("params.yaml", "stages/train.py", "src/new.py")}
-    git("stash", "--quiet", "--include-untracked")
-    subprocess.run(["git", "apply"], input=patch, text=True, check=True)
-    assert {path: (committed / path).read_bytes() for path in edited} == edited
+    (committed / "known.bin").write_bytes(b"\0\2")
+    (committed / "latin-1.txt").write_bytes(b"caf\xe9 au lait\n")
+    (committed / "removed.txt").unlink()
+    (committed / "src/new.py").write_text("new\n\n")
+    (committed / "src/new.bin").write_bytes(b"\0\1")
+    (committed / "src/empty").touch()
+    (committed / 'src/*ü "quoted" #\'.py').write_text("new")
+    (committed / "src/link").symlink_to("nowhere")
+    (committed / "src/staged.py").write_text("staged")
+    git("add", "src/staged.py", directory=committed)
 
 
-@pytest.mark.parametrize("content", [b"a\nb\n\n", b"caf\xe9\n"], ids=["a blank line at the end", "no UTF-8"])
-def test_any_text_can_be_in_a_patch(committed: Path, content: bytes) -> None:
-    (committed / "notes.txt").write_bytes(content)
-    git("add", "notes.txt")
-    git("commit", "--quiet", "--message", "Note")
-    (committed / "notes.txt").write_bytes(b"A" + content)
+@pytest.fixture
+def edited(committed: Path) -> Path:
+    edit_in_every_way(committed)
+    return committed
+
+
+def check_patch(patch: str, repository: Path, clone: Path, below: str = ".") -> None:
+    """Check that the patch, applied there, makes of a clone what the repository is."""
+    git("clone", "--quiet", str(repository), str(clone))
+    subprocess.run(["git", "apply"], input=patch.encode(), cwd=clone / below, check=True)
+    assert tree(clone) == tree(repository)
+
+
+def test_the_patch_turns_the_commit_into_the_edited_tree(
+    edited: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    index = (edited / ".git/index").read_bytes()
+    check_patch(uncommitted_patch(), edited, tmp_path_factory.mktemp("clone"))
+    assert (edited / ".git/index").read_bytes() == index
+
+
+def test_a_patch_leaves_out_what_cannot_be_in_it(committed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    append("stages/train.py")(committed)
+    unwanted = [committed / name for name in ("src/large", "src/pipe", "src/nested/file")]
+    unwanted[0].write_bytes(bytes(1_000_001))
+    os.mkfifo(unwanted[1])
+    git("init", "--quiet", "src/nested")
+    unwanted[2].touch()
     patch = uncommitted_patch()
-    assert patch.endswith("\n")
-    assert "+++ b/notes.txt" in patch
-    if content.isascii():  # else the bytes that are no text are replaced
-        subprocess.run(["git", "apply", "--reverse", "--check"], input=patch, text=True, check=True)
+    for path in unwanted:
+        path.unlink()
+    check_patch(patch, committed, tmp_path_factory.mktemp("clone"))
+
+
+SETTINGS = """
+[diff]
+    noPrefix = true
+    mnemonicPrefix = true
+    external = false
+    context = 0
+    interHunkContext = 9
+    relative = true
+    renames = copies
+    orderFile = attributes
+    suppressBlankEmpty = true
+[diff "upper"]
+    textconv = tr a-z A-Z <
+[color]
+    ui = always
+[core]
+    quotePath = false
+    abbrev = 40
+    attributesFile = attributes
+[status]
+    showUntrackedFiles = no
+[log]
+    showSignature = true
+    decorate = full
+"""
+
+
+def test_no_setting_of_the_user_changes_what_git_says(
+    edited: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = commit_tags(), changed_files(), run_title(), uncommitted_patch()
+    settings = tmp_path_factory.mktemp("settings")
+    (settings / "config").write_text(SETTINGS.replace(" attributes\n", f" {settings}/attributes\n"))
+    (settings / "attributes").write_text("* diff=upper\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(settings / "config"))
+    monkeypatch.setenv("GIT_EXTERNAL_DIFF", "false")
+    monkeypatch.setenv("GIT_DIFF_OPTS", "--unified=0")
+    assert (commit_tags(), changed_files(), run_title(), uncommitted_patch()) == expected
+    git("stash", "--quiet")  # leaves new files
+    assert commit_tags()["git_dirty"] == "true"
+
+
+# The pipeline below another repository
+
+
+@pytest.fixture
+def around(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a larger repository, in whose directory `pipeline` we work."""
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(directory.parents[1]))
+    commit_all(directory.parent)
+    edit_in_every_way(directory)
+    return directory.parent
+
+
+@pytest.mark.parametrize("where", [".", "pipeline"])
+def test_a_patch_fits_a_larger_repository_and_the_pipelines_directory(
+    around: Path, tmp_path_factory: pytest.TempPathFactory, where: str
+) -> None:
+    check_patch(uncommitted_patch(), around, tmp_path_factory.mktemp("clone"), where)
+
+
+def test_a_clone_of_a_larger_repository_has_the_pipeline_in_the_same_place(
+    around: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    clone = tmp_path_factory.mktemp("clone")
+    assert clone_repository(clone) == clone / "pipeline"
+    assert (clone / "pipeline/params.yaml").is_file()
+
+
+def test_a_pipeline_that_the_repository_around_it_ignores_is_not_clean(committed: Path) -> None:
+    (committed / ".gitignore").write_text("*")
+    git("rm", "--cached", "--quiet", "-r", ".")
+    git("commit", "--quiet", "--allow-empty", "--message", "Ignore all")
+    assert commit_tags()["git_dirty"] == "true"
+    assert str(committed) in changed_files()[0]
+
+
+# A git that refuses
+
+
+@pytest.mark.usefixtures("committed")
+def test_if_git_refuses_the_repository_the_tags_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    assert "safe.directory" in commit_tags()["git_commit"]
+    assert commit_tags()["git_dirty"] == "unknown"
+    assert (run_title(), uncommitted_patch(), head_commit_or_none()) == ("no commit", "", "none")
+    with pytest.raises(GitError, match=r"^fatal: .*safe\.directory"):
+        changed_files()

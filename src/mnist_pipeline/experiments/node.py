@@ -14,7 +14,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import ADDED, CHECKPOINTS, PIPELINE, REQUIREMENTS
 from mnist_pipeline.tracking.address import TRACKING_URI, show_address
-from mnist_pipeline.tracking.git import commit_tags
+from mnist_pipeline.tracking.git import head_commit_or_none
 from mnist_pipeline.tracking.provenance import sha256_of_images
 
 ANSWER_SECONDS = 5  # within which a server must answer
@@ -25,7 +25,7 @@ def identify_repository() -> dict[str, str]:
     files = [PIPELINE, *sorted(file for directory in ("src", "stages") for file in Path(directory).rglob("*.py"))]
     lines = "".join(f"{sha256(file)}  {file.as_posix()}\n" for file in files)
     return {
-        "commit": commit_tags()["git_commit"],
+        "commit": head_commit_or_none(),
         "code's SHA-256": hashlib.sha256(lines.encode()).hexdigest(),
         f"{REQUIREMENTS}'s SHA-256": sha256(REQUIREMENTS) if REQUIREMENTS.exists() else "none: it is absent",
     }

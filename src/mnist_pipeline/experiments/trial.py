@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -24,6 +24,7 @@ from mnist_pipeline.common.files import read_csv, read_text, write_text
 from mnist_pipeline.common.params import Params, merge, read_sections
 from mnist_pipeline.common.paths import ADDED, HISTORY, METRICS, PARAMS, PIPELINE, RAW
 from mnist_pipeline.report.studies import MEASURES
+from mnist_pipeline.tracking.git import GitError, clone_repository
 from mnist_pipeline.tracking.provenance import trace
 from mnist_pipeline.tracking.store import PARENT_RUN
 from mnist_pipeline.training.checkpoint import Checkpoint
@@ -79,9 +80,8 @@ def run_trial(trial: Trial, environment: Mapping[str, str] | None = None) -> Tri
         while not lock_descriptor(lock.fileno(), blocking=False):
             yield None
             time.sleep(POLL_SECONDS)
-        copy = Path(temporary)
-        _copy_pipeline(copy, trial.params)
-        variables = {"DVC_ROOT": str(Path.cwd()), **environment, "PYTHONPATH": "src", "DVC_EXP_NAME": trial.name}
+        copy = _copy_pipeline(Path(temporary), trial.params)
+        variables = {"DVC_ROOT": str(Path.cwd()), **environment, "DVC_EXP_NAME": trial.name}
         variables |= {PARENT_RUN: trial.parent} if trial.parent else {}
         start = time.monotonic()
         seen = 0
@@ -107,10 +107,10 @@ def _epoch_score(row: Mapping[str, float]) -> EpochScore:
     return EpochScore(int(row["epoch"]), row["monitor_accuracy"], row["monitor_loss"])
 
 
-def _copy_pipeline(copy: Path, params: Params) -> None:
-    """Copy the pipeline, with uncommitted changes, into a directory and set other params there."""
-    # Clone the git history too, if there is one: the MLflow run records how the code differs from the commit.
-    subprocess.run(["git", "clone", "--quiet", "--shared", ".", str(copy)], capture_output=True, check=False)
+def _copy_pipeline(copy: Path, params: Params) -> Path:
+    """Copy the pipeline, with uncommitted changes, into a directory and set other params there; return its place."""
+    with suppress(GitError):  # the history too, if there is one: the MLflow run records how the code differs from it
+        copy = clone_repository(copy, "--shared")
     for directory in ("src", "stages", ADDED):
         shutil.rmtree(copy / directory, ignore_errors=True)
         shutil.copytree(directory, copy / directory)
@@ -118,6 +118,7 @@ def _copy_pipeline(copy: Path, params: Params) -> None:
     (copy / RAW).symlink_to(RAW.resolve())
     sections = merge(read_sections(PARAMS), params.model_dump())
     write_text(copy / PARAMS, yaml.safe_dump(sections, sort_keys=False))
+    return copy
 
 
 def _run_stage(stage: str, name: str, copy: Path, variables: Mapping[str, str], lock: IO[str]) -> Generator[None]:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +21,7 @@ from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.report.tables import markdown_table
 from mnist_pipeline.tracking.address import store_address
-from mnist_pipeline.tracking.git import ALL_BUT_OUTPUTS
+from mnist_pipeline.tracking.git import GitError, changed_files
 from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.registry import ModelVersion, find_champion
 
@@ -147,21 +147,29 @@ def _look_at_candidate() -> Candidate:
         measured = float(metrics["test_accuracy"]), int(metrics["parameters"]), float(metrics["test_calibration_error"])
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{METRICS} is not a file that the evaluate stage wrote: run `dvc repro`") from None
-    git_status = ["git", "status", "--porcelain", *ALL_BUT_OUTPUTS]
     return Candidate(
         *measured,
         sha256_of_images(),
-        _list_changes(git_status, lambda output: [line[3:] for line in output.splitlines()]),
-        _list_changes(["dvc", "status", "--json"], lambda output: list(json.loads(output))),
+        _changed_files(),
+        _stale_stages(),
     )
 
 
-def _list_changes(command: Sequence[str], names: Callable[[str], list[str]]) -> list[str]:
-    """Return the names in a command's output; if it fails, its error, so that a failure does not count as clean."""
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
+# If a command fails, its error stands in the list, so that a failure does not count as clean.
+
+
+def _changed_files() -> list[str]:
+    try:
+        return changed_files()
+    except GitError as error:
+        return [f"git failed: {error}"]
+
+
+def _stale_stages() -> list[str]:
+    process = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True, check=False)
     if process.returncode != 0:
-        return [f"{command[0]} failed: {' '.join(process.stderr.split())}"]
-    return names(process.stdout)
+        return [f"dvc failed: {' '.join(process.stderr.split())}"]
+    return list(json.loads(process.stdout))
 
 
 def look_up_champion(digits: Digits, batch_size: int) -> Champion | NoChampion:

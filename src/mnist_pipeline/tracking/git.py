@@ -1,43 +1,100 @@
-"""What git says about the working tree: the commit, and what differs from it."""
+"""What git says about the working tree: the commit, and what differs from it.
+
+The user's settings of git change no answer: we ask git's plumbing, which ignores most, and override the others.
+"""
 
 import os
+import shutil
 import subprocess
 import textwrap
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from tempfile import TemporaryDirectory
 
-import yaml
-
-from mnist_pipeline.common.params import flatten, load_yaml, read_sections
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.params import flatten, read_sections
 from mnist_pipeline.common.paths import LOCK, MODEL, PARAMS, REPORTS
 
-# With these arguments git ignores the pipeline's outputs: a run changes them itself, so they do not make a tree dirty.
-ALL_BUT_OUTPUTS = ["--", ".", *(f":!{path}" for path in (MODEL.parent, REPORTS, LOCK))]
+# The pipeline's outputs are left out: a run changes them itself, so they do not make a tree dirty.
+_ALL_BUT_OUTPUTS = ["--", ".", *(f":!{path}" for path in (MODEL.parent, REPORTS, LOCK))]
+_GIT = ["git", "--no-optional-locks", "-c", "core.quotePath=true"]
 TITLE_LENGTH = 120  # characters; MLflow's tables hold 250
-_NO_COMMIT = "none: not a commit of a git repository"
 _MAX_NEW_FILE = 1_000_000  # bytes
 
 
-def run_git(*arguments: str) -> str:
-    """Return what git prints; nothing if it fails or is not installed."""
+class GitError(UserError):
+    """Git failed, or is not installed. The message is git's own."""
+
+
+def _ask(command: list[str], stdin: bytes = b"", index: Path | None = None) -> bytes:
+    environment = {**os.environ, "GIT_DIFF_OPTS": "", **({"GIT_INDEX_FILE": str(index)} if index else {})}
     try:
-        process = subprocess.run(["git", *arguments], capture_output=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return process.stdout.decode(errors="replace")
+        process = subprocess.run(command, input=stdin, capture_output=True, check=False, env=environment)
+    except OSError as error:
+        raise GitError(f"git cannot be run: {error}") from None
+    if process.returncode != 0:
+        raise GitError(" ".join(os.fsdecode(process.stderr).split()) or f"`{' '.join(command)}` failed")
+    return process.stdout
+
+
+def ask_git(*arguments: str) -> str:
+    """Return what git prints.
+
+    Raises:
+        GitError: git fails.
+    """
+    return os.fsdecode(_ask([*_GIT, *arguments]))
+
+
+def run_git(*arguments: str) -> str:
+    """Return what git prints; nothing if it fails."""
+    with suppress(GitError):
+        return ask_git(*arguments)
+    return ""
+
+
+def head_commit() -> str:
+    """Return the commit of HEAD.
+
+    Raises:
+        GitError: there is none, or git refuses the repository.
+    """
+    # `rev-parse` does not say that there is no commit yet.
+    return ask_git("log", "-1", "--no-show-signature", "--format=%H").strip()
+
+
+def head_commit_or_none() -> str:
+    """Return the commit of HEAD, or `none`: why there is none may be another reason on another machine."""
+    with suppress(GitError):
+        return head_commit()
+    return "none"
+
+
+def changed_files() -> list[str]:
+    """Return the files and new folders that differ from the commit, without outputs.
+
+    Raises:
+        GitError: git fails.
+    """
+    settings = ["--untracked-files=normal", "--ignore-submodules=none"]
+    changed = [line[3:] for line in ask_git("status", "--porcelain", *settings, *_ALL_BUT_OUTPUTS).splitlines()]
+    if not changed and not ask_git("ls-tree", "HEAD", "--", str(PARAMS)):
+        return [f"{Path.cwd()}, which the git repository around it ignores"]
+    return changed
 
 
 def commit_tags() -> dict[str, str]:
     """Return the tags for the commit, and whether anything but outputs differs from it."""
-    if not (head := run_git("rev-parse", "--verify", "--quiet", "HEAD").strip()):
-        return {"git_commit": _NO_COMMIT, "git_dirty": "unknown"}
-    return {"git_commit": head, "git_dirty": str(bool(run_git("status", "--porcelain", *ALL_BUT_OUTPUTS))).lower()}
+    try:
+        return {"git_commit": head_commit(), "git_dirty": str(bool(changed_files())).lower()}
+    except GitError as error:
+        return {"git_commit": f"none: {error}", "git_dirty": "unknown"}
 
 
 def run_title() -> str:
     """Name a run for people: the commit, then the params that differ from it, or `changed` if only other files do."""
     found = commit_tags()
-    if found["git_commit"] == _NO_COMMIT:
+    if found["git_dirty"] == "unknown":
         return "no commit"
     committed = _committed_params()
     params = flatten(read_sections(PARAMS))
@@ -49,18 +106,58 @@ def run_title() -> str:
 
 def _committed_params() -> dict[str, object]:
     """Return the commit's flat params; none if its file is absent or damaged."""
-    try:
-        return flatten(cast("dict[str, Any]", load_yaml(run_git("show", f"HEAD:./{PARAMS}"))))
-    except (yaml.YAMLError, AttributeError):
-        return {}
+    with TemporaryDirectory() as temporary, suppress(UserError):
+        file = Path(temporary) / PARAMS
+        file.write_bytes(_ask([*_GIT, "cat-file", "blob", f"HEAD:./{PARAMS}"]))
+        return flatten(read_sections(file))
+    return {}
 
 
 def uncommitted_patch() -> str:
-    """Return a patch of what differs from the commit, without outputs and without large new files."""
-    if commit_tags()["git_commit"] == _NO_COMMIT:
-        return ""
-    diff = ["diff", "--no-color", "--no-ext-diff"]
-    listed = run_git("ls-files", "--others", "--exclude-standard", "-z", *ALL_BUT_OUTPUTS).split("\0")
-    new = [path for path in listed if path and Path(path).stat().st_size < _MAX_NEW_FILE]
-    patches = [run_git(*diff, "--no-index", "--", os.devnull, path) for path in new]
-    return run_git(*diff, "HEAD", *ALL_BUT_OUTPUTS) + "".join(patches)
+    """Return a patch for `git apply` of what differs from the commit, without outputs and without large new files."""
+    diff = ["diff-index", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", "HEAD", *_ALL_BUT_OUTPUTS]
+    with TemporaryDirectory() as temporary, suppress(GitError):
+        # In a copy of the index, we may declare new files to be known.
+        index, no_text = Path(temporary) / "index", Path(temporary) / "attributes"
+        with suppress(FileNotFoundError):
+            shutil.copy2(ask_git("rev-parse", "--git-path", "index").removesuffix("\n"), index)
+        _ask([*_GIT, "update-index", "-q", "--refresh"], index=index)
+        listed = _ask([*_GIT, "ls-files", "--others", "--exclude-standard", "-z", *_ALL_BUT_OUTPUTS], index=index)
+        new = b"\0".join(path for path in listed.split(b"\0") if _fits_patch(path))
+        add = ["--literal-pathspecs", "add", "--intent-to-add", "--pathspec-from-file=-", "--pathspec-file-nul"]
+        with suppress(GitError):  # the other changes are worth a patch, too
+            _ask([*_GIT, *add], new, index)
+        try:
+            return _ask([*_GIT, *diff], index=index).decode()
+        except UnicodeDecodeError:  # a text in another encoding: as binary, it stays whole
+            no_text.write_text("* -diff")
+            return _ask([*_GIT, "-c", f"core.attributesFile={no_text}", *diff], index=index).decode()
+    return ""
+
+
+def _fits_patch(path: bytes) -> bool:
+    """Return whether a new path is a link, or a file that is not too large and can be read."""
+    if not os.path.isfile(path):
+        return os.path.islink(path)
+    return os.access(path, os.R_OK) and os.path.getsize(path) < _MAX_NEW_FILE
+
+
+def locate_in_repository() -> tuple[str, str]:
+    """Return the repository's top directory, and the working directory relative to it.
+
+    Raises:
+        GitError: git fails.
+    """
+    top, below, *_ = ask_git("rev-parse", "--show-toplevel", "--show-prefix").split("\n")
+    return top, below
+
+
+def clone_repository(directory: Path, *options: str) -> Path:
+    """Clone the repository around the working directory; return where the working directory lies in the clone.
+
+    Raises:
+        GitError: git fails.
+    """
+    top, below = locate_in_repository()
+    ask_git("clone", "--quiet", *options, top, str(directory))
+    return directory / below

@@ -16,7 +16,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, sha256, sha256_of_directory
 from mnist_pipeline.common.params import Params, flatten, load_params
 from mnist_pipeline.common.paths import ADDED, PIPELINE, RAW, REQUIREMENTS
-from mnist_pipeline.tracking.git import commit_tags
+from mnist_pipeline.tracking.git import commit_tags, head_commit_or_none
 
 _IMAGES = [str(ADDED), str(RAW)]
 
@@ -92,7 +92,7 @@ def identify_training(params: Params) -> dict[str, object]:
     folders = [Path(path) for path in provenance.inputs if Path(path).is_dir() and path not in _IMAGES]
     code = {str(file): sha256(file) for folder in folders for file in files_below(folder).values()}
     return {
-        "git_commit": commit_tags()["git_commit"],
+        "git_commit": head_commit_or_none(),
         str(REQUIREMENTS): sha256(REQUIREMENTS),
         "command": provenance.command,
         **provenance.params,
