@@ -6,10 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import yaml
-
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_csv
+from mnist_pipeline.common.params import load_yaml
 from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
 from mnist_pipeline.tracking.git import GitError, clone_repository, head_commit, locate_in_repository
 from mnist_pipeline.tracking.provenance import clean_environment
@@ -56,7 +55,7 @@ def reproduce_commit() -> None:
 
 def output_digests(lock: Path) -> dict[str, str]:
     """Return the MD5 digest of each output in a `dvc.lock`."""
-    stages = yaml.safe_load(lock.read_text(encoding="utf-8"))["stages"].values()
+    stages = load_yaml(lock.read_text(encoding="utf-8"), lock)["stages"].values()
     return {output["path"]: output["md5"] for stage in stages for output in stage["outs"]}
 
 

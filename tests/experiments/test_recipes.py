@@ -40,6 +40,14 @@ def test_an_overlay_with_an_unknown_param_is_refused(tmp_path: Path) -> None:
         load_params(overlay=overlay)
 
 
+def test_a_mistake_is_told_of_the_file_that_has_it(tmp_path: Path) -> None:
+    params, overlay = tmp_path / "params.yaml", tmp_path / "short.yaml"
+    params.write_text((ROOT / "params.yaml").read_text().replace("seed: 0", "seed: none"))
+    overlay.write_text("train:\n  epochs: 3\n")
+    with pytest.raises(UserError, match=r"params.yaml: seed must be a valid integer, and is the text 'none'"):
+        load_params(params, overlay)
+
+
 @pytest.fixture
 def arguments_of_dvc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file to which a stand-in for `dvc` writes its arguments, one on each line."""

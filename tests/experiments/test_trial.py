@@ -71,6 +71,28 @@ def test_closing_a_trial_terminates_its_training(start: Callable[[str], TrialPro
     assert list(tmp_path.glob(".checkpoints/*.lock")) == []
 
 
+def test_while_a_second_process_has_taken_the_lock_over_a_third_waits(
+    start: Callable[[str], TrialProgress], tmp_path: Path
+) -> None:
+    line = "trains(); waits_for(f'permission{(here / \"started\").stat().st_size}'); writes_history()"
+    first, second = start(line), start(line)
+    wait_for(lambda: next(first) is None and (tmp_path / "started").exists())
+    assert next(second) is None
+    (tmp_path / "permission1").touch()
+    list(first)
+    wait_for(lambda: next(second) is None and (tmp_path / "started").read_text() == "xx")
+    third = start(line)
+    until = time.monotonic() + 0.2
+    while time.monotonic() < until:
+        assert next(third) is None
+    assert (tmp_path / "started").read_text() == "xx", "two processes train the same"
+    (tmp_path / "permission2").touch()
+    assert isinstance(list(second)[-1], dict)
+    (tmp_path / "permission3").touch()
+    assert isinstance(list(third)[-1], dict)
+    assert list(tmp_path.glob(".checkpoints/*.lock")) == []
+
+
 def test_a_training_that_outlives_its_killed_study_is_waited_for(
     start: Callable[[str], TrialProgress], tmp_path: Path
 ) -> None:

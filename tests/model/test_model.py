@@ -176,6 +176,12 @@ def test_a_network_that_is_not_under_the_budget_is_refused(params: Params, budge
     assert len(str(refused.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("channels", [20_000, 1_000_000])
+def test_a_network_that_no_machine_could_hold_is_refused_at_once(params: Params, channels: int) -> None:
+    with pytest.raises(UserError, match=r"the network has [\d,]{14,} parameters"):
+        build_model(params.model.model_copy(update={"channels": [channels] * 6}), seed=0)
+
+
 def test_a_budget_of_one_parameter_more_is_enough(params: Params) -> None:
     model = build_model(params.model.model_copy(update={"parameter_budget": 19_211}), seed=0)
     assert count_parameters(model) == 19_210

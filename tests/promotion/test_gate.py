@@ -149,7 +149,7 @@ def test_the_committed_model_meets_the_committed_bounds() -> None:
         (
             {"largest_parameter_count": "0", "changed_data": "maybe"},
             "params.yaml: gate.largest_parameter_count must be greater than or equal to 1, and is 0; "
-            "gate.changed_data must be a valid boolean, and is the text 'maybe'",
+            "gate.changed_data must be true or false, and is the text 'maybe'",
         ),
     ],
 )

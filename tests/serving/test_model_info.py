@@ -68,6 +68,13 @@ def test_without_a_model_it_shows_the_network_of_the_params() -> None:
 
 
 @pytest.mark.usefixtures("untrained")
+def test_a_network_of_the_params_that_is_not_under_the_budget_is_an_error() -> None:
+    params = Path("params.yaml")
+    params.write_text(params.read_text().replace("[6, ", "[1000000, "))
+    assert "which is not under model.parameter_budget (20,000)" in str(mnist_info().exception)
+
+
+@pytest.mark.usefixtures("untrained")
 def test_another_model_that_is_absent_is_an_error() -> None:
     result = mnist_info("--model", "other.safetensors")
     assert isinstance(result.exception, UserError)

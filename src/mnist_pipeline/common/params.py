@@ -1,35 +1,27 @@
 """`params.yaml`, parsed once into frozen types that refuse unknown keys and wrong values."""
 
-import re
+import math
+import textwrap
 from collections.abc import Mapping
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import Composer, ComposerError
+from ruamel.yaml.constructor import ConstructorError, SafeConstructor
+from ruamel.yaml.error import YAMLError
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.paths import PARAMS
 
+_MAX_BYTES = 50_000  # of a file of params; more would take seconds to parse
+_MAX_DEPTH = 50  # of sections and lists in one another
+_KEY_LENGTH, _VALUE_LENGTH, _PROBLEM_LENGTH, _EXPLANATION_LENGTH = 40, 50, 100, 200  # characters in a message
+
 Probability = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
-
-
-class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as a number, as DVC does (YAML 1.2); PyYAML alone reads it as text (YAML 1.1)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_yaml(text: str) -> object:
-    """Parse YAML."""
-    return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
 
 
 class Section(BaseModel):
@@ -45,7 +37,7 @@ class Normalization(Section):
     """The mean and the standard deviation that normalise pixels (0 to 1): (pixel - mean) / std."""
 
     mean: Probability
-    std: Positive
+    std: Annotated[float, Field(ge=0.001, le=1)]
 
 
 class DataParams(Normalization):
@@ -97,10 +89,9 @@ class TrainParams(Section):
     processes: Annotated[int, Field(ge=1, le=1024)]
     epochs: Count
     batch_size: Count
-    precision: Literal["float32", "bfloat16"]
     optimizer: Literal["adam", "adamw", "muon", "sgd"]
-    learning_rate: Positive
-    weight_decay: Annotated[float, Field(ge=0)]
+    learning_rate: Annotated[float, Field(gt=0, le=100)]
+    weight_decay: Annotated[float, Field(ge=0, le=100)]
     label_smoothing: Probability
     averaging: Probability
     scheduler: SchedulerParams
@@ -131,6 +122,58 @@ class Params(Section):
     report: ReportParams
 
 
+class _Composer(Composer):
+    """Refuses anchors and aliases: a few lines of them can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.parser.peek_event()
+        if event.anchor is not None:
+            problem = "an anchor or alias, & or *, is not allowed in params"
+            raise ComposerError(problem=problem, problem_mark=event.start_mark)
+        return super().compose_node(parent, index)
+
+
+class _Constructor(SafeConstructor):
+    """Names the line of a value that cannot be constructed: ruamel.yaml lets Python's own errors through there."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            value = super().construct_object(node, deep)
+            if isinstance(value, int):
+                str(value)  # an error if Python refuses to write so many digits
+            return value
+        except YAMLError:
+            raise
+        except Exception:
+            kind = str(node.tag).rpartition(":")[2]
+            problem = f"{_shorten(repr(node.value), _VALUE_LENGTH)} is not of the type {kind}"
+            raise ConstructorError(problem=problem, problem_mark=node.start_mark) from None
+
+
+def load_yaml(text: str, name: object, anchors: bool = True) -> Any:
+    """Parse YAML as DVC does (YAML 1.2, by ruamel.yaml). `name` begins the message of an error.
+
+    Raises:
+        UserError: the text is not YAML, or it has an anchor or alias although `anchors` forbids it.
+    """
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor, yaml.max_depth = _Constructor, _MAX_DEPTH
+    if not anchors:
+        yaml.Composer = _Composer
+    try:
+        constructor, _ = yaml.get_constructor_parser(text)
+        return constructor.get_single_data()
+    except Exception as error:  # ruamel.yaml lets Python's own through for some escapes and directives
+        place = getattr(error, "problem_mark", None) or yaml.reader
+        line = text.count("\n", 0, getattr(error, "position", place.index)) + 1
+        message = str(error).partition("\n")[0] if isinstance(error, YAMLError) else "not YAML 1.2"
+        problem = getattr(error, "problem", None) or message
+        raise UserError(
+            f"{name}, line {line} cannot be read ({_shorten(problem, _PROBLEM_LENGTH)}): "
+            "write each key once, as `key: value`, indented with spaces"
+        ) from None
+
+
 def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
     """Load and validate the params; `overlay` overrides some of them.
 
@@ -138,10 +181,12 @@ def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
         UserError: a file is absent, is not YAML, or has an unknown key or a wrong value.
     """
     sections = read_sections(path)
-    if overlay:
-        sections = merge(sections, read_sections(overlay))
-    sections.pop("gate", None)
-    return parse_section(Params, sections, f"{overlay or path}: ")
+    params = _parse_params(sections, path)
+    return _parse_params(merge(sections, read_sections(overlay)), overlay) if overlay else params
+
+
+def _parse_params(sections: Mapping[str, Any], path: Path) -> Params:
+    return parse_section(Params, {key: value for key, value in sections.items() if key != "gate"}, f"{path}: ")
 
 
 def parse_section(section: type[_Section], content: Mapping[str, Any], where: str) -> _Section:
@@ -153,7 +198,7 @@ def parse_section(section: type[_Section], content: Mapping[str, Any], where: st
     try:
         return section.model_validate(content)
     except ValidationError as error:
-        raise UserError(where + "; ".join(explain_error(section, each) for each in error.errors())) from None
+        raise UserError(where + explain_errors(section, error)) from None
 
 
 def merge(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
@@ -174,17 +219,18 @@ def read_sections(path: Path) -> dict[str, Any]:
         UserError: it is absent, is not YAML, or holds something else.
     """
     try:
-        content = load_yaml(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path} must be a file, and is a directory or device")
+        if (size := path.stat().st_size) > _MAX_BYTES:
+            raise UserError(f"{path} must be at most {_MAX_BYTES:,} bytes long, and has {size:,}")
+        content = load_yaml(path.read_text(encoding="utf-8"), path, anchors=False)
     except FileNotFoundError:
         raise UserError(f"{path} is absent: restore it with `git checkout {path}`") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}, line {line} is not UTF-8: save the file as UTF-8") from None
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
-    except yaml.MarkedYAMLError as error:
-        where = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{where} is not YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:
-        # PyYAML lets Python's own errors through where it cannot convert a scalar.
-        raise UserError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold sections such as `train:`, and holds {describe_value(content)}")
     return content
@@ -202,18 +248,30 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def explain_error(section: type[Section], error: ErrorDetails) -> str:
-    """Say in a phrase which key of a section is wrong, and what would be right."""
-    key = ".".join(repr(str(part))[1:-1] for part in error["loc"])
+def explain_errors(section: type[Section], error: ValidationError) -> str:
+    """Say in a line which keys of a section are wrong, and what would be right; leave out the last of many."""
+    errors = sorted(error.errors(include_url=False), key=lambda each: each["type"] == "missing")  # those come last
+    phrases = "; ".join(_explain(section, each) for each in errors[:_EXPLANATION_LENGTH])
+    return textwrap.shorten(phrases, _EXPLANATION_LENGTH, placeholder=" …")
+
+
+def _explain(section: type[Section], error: ErrorDetails) -> str:
+    key = ".".join(_shorten(repr(str(part))[1:-1], _KEY_LENGTH) for part in error["loc"])
+    found = describe_value(error["input"])
     match error["type"]:
         case "missing":
             return f"{key} is missing"
         case "extra_forbidden" | "invalid_key":
             return f"{key} is unknown: choose from {', '.join(_known_keys(section, error['loc'][:-1]))}"
         case "model_type":
-            return f"{key} must be a section with keys of its own, and is {describe_value(error['input'])}"
-    rule = error["msg"].removeprefix("Input should be ")
-    return f"{key} must be {rule}, and is {describe_value(error['input'])}"
+            return f"{key} must be a section with keys of its own, and is {found}"
+        case "bool_type":
+            return f"{key} must be true or false, and is {found}"
+        case "too_short" | "too_long":
+            context = error["ctx"]
+            wanted = context.get("min_length", context.get("max_length"))
+            return f"{key} must be a list of {wanted}, and has {context['actual_length']}"
+    return f"{key} must be {error['msg'].removeprefix('Input should be ')}, and is {found}"
 
 
 def _known_keys(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
@@ -224,7 +282,7 @@ def _known_keys(section: type[BaseModel], location: tuple[int | str, ...]) -> li
 
 
 def describe_value(value: object) -> str:
-    """Describe a value as YAML writes it; if a text looks like a number, say how to write the number."""
+    """Describe a value in a few words, as YAML writes it; if a text looks like a number, say how to write that."""
     match value:
         case None:
             return "empty"
@@ -235,9 +293,14 @@ def describe_value(value: object) -> str:
         case list():
             return "a list"
         case str():
+            text = f"the text {_shorten(repr(value), _VALUE_LENGTH)}"
             try:
-                number = Decimal(f"{float(value):.15g}")
+                number = float(value)
             except ValueError:
-                return f"the text {value!r}"
-            return f"the text {value!r}" + (f" (write {number:f})" if number.is_finite() else "")
-    return repr(value)
+                return text
+            return f"{text} (write {number:.15g})" if math.isfinite(number) else text
+    return _shorten(repr(value), _VALUE_LENGTH)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import flatten, load_params, read_sections
 from mnist_pipeline.common.paths import EXPERIMENTS
 from mnist_pipeline.report.studies import SPECIFICATION
+from mnist_pipeline.tracking.git import run_git
 
 
 def find_recipe(name: str) -> Path | None:
@@ -19,10 +21,11 @@ def find_recipe(name: str) -> Path | None:
     """
     if name == SPECIFICATION:
         return None
+    known = [SPECIFICATION, *sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))]
     path = EXPERIMENTS / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join([SPECIFICATION, *sorted(file.stem for file in EXPERIMENTS.glob("*.yaml"))])
-        raise UserError(f"{path} is absent: the recipes are {known}")
+    if name not in known:
+        recipes = textwrap.shorten(", ".join(known), 150, placeholder=" …")
+        raise UserError(f"{repr(str(path))[1:-1]:.80} is absent: the recipes are {recipes}")
     return path
 
 
@@ -30,10 +33,14 @@ def run_experiment(name: str, arguments: Sequence[str]) -> int:
     """Run a recipe by `dvc exp run`, which also gets the arguments; return its exit code.
 
     Raises:
-        UserError: there is no such recipe, or it does not fit `params.yaml`.
+        UserError: there is no such recipe, it does not fit `params.yaml`, or DVC would lose the experiment.
     """
     overlay = find_recipe(name)
     load_params(overlay=overlay)
+    if {"--temp", "--queue"} & set(arguments) and run_git("rev-parse", "--is-shallow-repository").strip() == "true":
+        raise UserError(
+            "DVC loses an experiment with --temp or --queue in a shallow clone: first `git fetch --unshallow`"
+        )
     values = flatten(read_sections(overlay)) if overlay else {}
-    settings = [f"--set-param={key}={json.dumps(value)}" for key, value in values.items()]
+    settings = [f"--set-param={key}={json.dumps(value, default=str)}" for key, value in values.items()]
     return subprocess.run(["dvc", "exp", "run", "--name", name, *settings, *arguments], check=False).returncode

@@ -17,7 +17,7 @@ from mnist_pipeline.common.params import (
     Params,
     Section,
     describe_value,
-    explain_error,
+    explain_errors,
     flatten,
     load_params,
     merge,
@@ -94,8 +94,10 @@ def load_space(path: Path) -> Space:
     Raises:
         UserError: the file is absent or no YAML, has an unknown key, or a value that a param does not allow.
     """
-    if not re.fullmatch(r"\w[\w-]*", path.stem) or path.stem == SPECIFICATION:
-        raise UserError(f"{path}: its name becomes a recipe's: use letters, digits, - and _, not {path.stem!r}")
+    if path.stem == SPECIFICATION:
+        raise UserError(f"{path}: the name {SPECIFICATION} is reserved for params.yaml as it is: choose another name")
+    if not re.fullmatch(r"\w[\w-]*", path.stem):
+        raise UserError(f"{path.name!r:.60} becomes the name of a recipe: use letters, digits, - and _ before .yaml")
     if not path.is_file():
         raise UserError(f"{path} is absent: it must name params to search, such as `params: {{train.epochs: [2, 4]}}`")
     file = parse_section(_SpaceFile, read_sections(path), f"{path}: ")
@@ -109,7 +111,10 @@ def load_space(path: Path) -> Space:
     known = {key: value for key, value in flat.items() if key not in _FIXED}
     for key in file.params:
         if key not in known:
-            raise UserError(f"{path}: params.{key} is unknown: choose from {', '.join(known)}")
+            section = key.rpartition(".")[0]
+            others = [name for name in known if section and name.rpartition(".")[0] == section]
+            choices = ", ".join(others or ["seed", "model.…", "train.…"])
+            raise UserError(f"{path}: params.{key!r:.50} cannot be searched: choose from {choices}")
     distributions = {
         key: _parse_entry(entry, known[key], f"{path}: params.{key}") for key, entry in file.params.items()
     }
@@ -119,8 +124,7 @@ def load_space(path: Path) -> Space:
             try:
                 space.params_at({key: value})
             except ValidationError as error:
-                wrong = "; ".join(explain_error(Params, each) for each in error.errors())
-                raise UserError(f"{path}: {wrong}") from None
+                raise UserError(f"{path}: {explain_errors(Params, error)}") from None
     return space
 
 
@@ -129,7 +133,9 @@ def _parse_entry(entry: object, current: object, where: str) -> BaseDistribution
     is_number = type(current) in (int, float)
     match entry:
         case [_, *_]:
-            return CategoricalDistribution(list(dict.fromkeys(map(json.dumps, entry))))
+            return CategoricalDistribution(
+                list(dict.fromkeys(json.dumps(choice, default=str, skipkeys=True) for choice in entry))
+            )
         case dict() if is_number:
             limits = parse_section(_Range, entry, f"{where}.")
         case _:

@@ -11,17 +11,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-import yaml
 from filelock import lock_descriptor
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import read_csv, read_text, write_text
-from mnist_pipeline.common.params import Params, merge, read_sections
+from mnist_pipeline.common.files import read_csv, read_text, write_json
+from mnist_pipeline.common.params import Params
 from mnist_pipeline.common.paths import ADDED, HISTORY, METRICS, PARAMS, PIPELINE, RAW
 from mnist_pipeline.report.studies import MEASURES
 from mnist_pipeline.tracking.git import GitError, clone_repository
@@ -75,11 +74,16 @@ def run_trial(trial: Trial, environment: Mapping[str, str] | None = None) -> Tri
         TrialError: a stage failed.
     """
     checkpoint = Checkpoint(trace("train", trial.params).fingerprint)
-    environment = os.environ if environment is None else environment
-    with tempfile.TemporaryDirectory() as temporary, _open_lock(checkpoint.path) as lock:
-        while not lock_descriptor(lock.fileno(), blocking=False):
-            yield None
-            time.sleep(POLL_SECONDS)
+    path = checkpoint.path.with_suffix(".lock")
+    with (yield from _open_lock(path)) as lock:
+        try:
+            yield from _run_stages(trial, os.environ if environment is None else environment, checkpoint, lock)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _run_stages(trial: Trial, environment: Mapping[str, str], checkpoint: Checkpoint, lock: IO[str]) -> TrialProgress:
+    with tempfile.TemporaryDirectory() as temporary:
         copy = _copy_pipeline(Path(temporary), trial.params)
         variables = {"DVC_ROOT": str(Path.cwd()), **environment, "DVC_EXP_NAME": trial.name}
         variables |= {PARENT_RUN: trial.parent} if trial.parent else {}
@@ -100,7 +104,10 @@ def run_trial(trial: Trial, environment: Mapping[str, str] | None = None) -> Tri
         if "evaluate" in trial.stages:
             metrics = json.loads(read_text(copy / METRICS))
             row |= {measure: metrics[measure] for measure in MEASURES}
-        yield {name: str(value) for name, value in row.items()}
+        try:
+            yield {name: str(value) for name, value in row.items()}
+        finally:
+            checkpoint.remove()
 
 
 def _epoch_score(row: Mapping[str, float]) -> EpochScore:
@@ -116,8 +123,7 @@ def _copy_pipeline(copy: Path, params: Params) -> Path:
         shutil.copytree(directory, copy / directory)
     shutil.copy(PIPELINE, copy)
     (copy / RAW).symlink_to(RAW.resolve())
-    sections = merge(read_sections(PARAMS), params.model_dump())
-    write_text(copy / PARAMS, yaml.safe_dump(sections, sort_keys=False))
+    write_json(copy / PARAMS, params.model_dump())  # JSON is YAML
     return copy
 
 
@@ -156,18 +162,20 @@ def _output_if_ended(process: "subprocess.Popen[str]", seconds: float) -> str | 
         return None
 
 
-@contextmanager
-def _open_lock(checkpoint: Path) -> Generator[IO[str]]:
-    """Open the lock file that keeps two processes from the same training, and remove it at the end.
+def _open_lock(path: Path) -> Generator[None, None, IO[str]]:
+    """Open the lock file that keeps two processes from the same training; yield while another process has it.
+
+    Who has the lock removes the file at the end. A lock on a removed file is worth nothing: others lock a new one.
 
     Stages inherit the open file. A training that outlives its killed study therefore holds the lock until the end of
     the epoch, when it notices that nobody reads its output.
     """
-    path = checkpoint.with_suffix(".lock")
     path.parent.mkdir(exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            yield lock
-        finally:
-            if lock_descriptor(lock.fileno(), blocking=False):  # else another process has it
-                path.unlink(missing_ok=True)
+    while True:
+        lock = path.open("w")
+        with suppress(FileNotFoundError):  # removed
+            if lock_descriptor(lock.fileno(), blocking=False) and os.path.samefile(lock.fileno(), path):
+                return lock
+        lock.close()
+        yield
+        time.sleep(POLL_SECONDS)

@@ -61,15 +61,15 @@ def build_model(params: ModelParams, seed: int) -> Net:
     Raises:
         UserError: it has `params.parameter_budget` parameters or more.
     """
-    torch.manual_seed(seed)
-    model = Net(params)
-    parameters = count_parameters(model)
+    with torch.device("meta"):  # without memory: a large network would fill it, or take minutes to initialise
+        parameters = count_parameters(Net(params))
     if parameters >= params.parameter_budget:
         raise UserError(
             f"the network has {parameters:,} parameters, which is not under model.parameter_budget "
             f"({params.parameter_budget:,}): raise the budget or choose a smaller network"
         )
-    return model
+    torch.manual_seed(seed)
+    return Net(params)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ from mnist_pipeline.common.params import Normalization, load_params
 from mnist_pipeline.common.paths import MODEL, PARAMS
 from mnist_pipeline.model.architecture import Layer, list_layers
 from mnist_pipeline.model.model_file import TrainedModel, load_model
-from mnist_pipeline.model.network import Net
+from mnist_pipeline.model.network import build_model
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def read_model_info(path: Path) -> ModelInfo:
     """
     if untrained := path == MODEL and not path.exists():
         params = load_params()
-        model = TrainedModel(Net(params.model), Normalization(mean=params.data.mean, std=params.data.std))
+        network, data = build_model(params.model, params.seed), params.data
+        model = TrainedModel(network, Normalization(mean=data.mean, std=data.std))
     else:
         model = load_model(path)
     layers = list_layers(model.network)

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, sha256, sha256_of_directory
-from mnist_pipeline.common.params import Params, flatten, load_params
+from mnist_pipeline.common.params import Params, flatten, load_params, load_yaml
 from mnist_pipeline.common.paths import ADDED, PIPELINE, RAW, REQUIREMENTS
 from mnist_pipeline.tracking.git import commit_tags, head_commit_or_none
 
@@ -69,7 +67,7 @@ def trace(stage: str, params: Params | None = None, without: Collection[Path] = 
     Raises:
         UserError: an input is absent.
     """
-    declared = yaml.safe_load(PIPELINE.read_text(encoding="utf-8"))["stages"][stage]
+    declared = load_yaml(PIPELINE.read_text(encoding="utf-8"), PIPELINE)["stages"][stage]
     params = params or load_params()
     # An entry with options is a mapping from its path.
     paths = {

@@ -11,12 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mnist_pipeline.common import paths
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, read_text
-from mnist_pipeline.common.params import flatten, read_sections
+from mnist_pipeline.common.params import flatten, load_yaml, read_sections
 from mnist_pipeline.report.results import Results, load_results
 from mnist_pipeline.tracking.git import run_git
 
@@ -36,7 +34,7 @@ class State:
         return cls(
             directory,
             flatten(read_sections(params)) if params.is_file() else {},
-            yaml.safe_load(read_text(lock)).get("stages", {}) if lock.is_file() else {},
+            load_yaml(read_text(lock), lock).get("stages", {}) if lock.is_file() else {},
         )
 
     def read_results(self) -> Results:

@@ -60,6 +60,13 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
         return
     processes = params.train.processes
     nodes = _count_machines(processes)
+    if (wanted := processes // nodes * params.threads) > (cores := os.cpu_count() or 1):
+        print(
+            f"warning: train.processes and threads make {wanted} threads on the {cores} cores of this machine: "
+            "they will wait for one another",
+            file=sys.stderr,
+            flush=True,
+        )
     if processes == 1:
         stage(params)
         return
@@ -69,13 +76,6 @@ def launch(stage: Stage, params: Params, identify: Identify) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     endpoint = _meeting_point(nodes)
-    if (wanted := processes // nodes * params.threads) > (cores := os.cpu_count() or 1):
-        print(
-            f"warning: train.processes and threads make {wanted} threads on the {cores} cores of this machine: "
-            "they will wait for one another",
-            file=sys.stderr,
-            flush=True,
-        )
     for noisy in ("torch.multiprocessing.spawn", "torch.distributed.elastic"):  # `join_group` reports a death
         logging.getLogger(noisy).addHandler(logging.NullHandler())
         logging.getLogger(noisy).propagate = False  # torch sets the levels of the loggers below one by one
