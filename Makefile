@@ -32,6 +32,7 @@ pull: setup ## fetch data, model and earlier runs from DVC's remote, if there is
 
 repro: setup ## run the pipeline: only the stages whose inputs changed
 	@git rev-parse --git-dir >/dev/null 2>&1 || dvc config --quiet --local core.no_scm true
+	@mnist check-params
 	dvc repro
 	@[ -z "$$MLFLOW_TRACKING_URI" ] && [ mlflow.db -nt dvc.lock ] || mnist backfill
 

@@ -33,6 +33,16 @@ def backfill_command() -> None:
     backfill_run()
 
 
+@mnist.command("check-params")
+def check_params_command() -> None:
+    """Check all of params.yaml, also its section `gate`, which no stage reads. `make repro` does this first."""
+    from mnist_pipeline.common.params import load_params
+    from mnist_pipeline.promotion.bounds import load_bounds
+
+    load_params()
+    load_bounds()
+
+
 @mnist.command("reproduce")
 def reproduce_command() -> None:
     """Run the pipeline of HEAD again and compare byte for byte.

@@ -1,8 +1,10 @@
 """The gate: the verdict of each rule, what it reads from the workspace and the registry, and how its command ends."""
 
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +24,13 @@ from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.promotion.bounds import GateParams, load_bounds
 from mnist_pipeline.promotion.gate import (
     Candidate,
     Champion,
-    GateParams,
     NoChampion,
     Verdict,
     decide,
-    load_bounds,
     look_up_champion,
     render_verdicts,
 )
@@ -174,6 +175,26 @@ def test_a_wrong_section_ends_in_one_line(tmp_path: Path, text: str, line: str) 
     assert line in str(refused.value)
     assert str(refused.value).startswith(f"{tmp_path / 'params.yaml'}: gate")
     assert "\n" not in str(refused.value)
+
+
+def test_make_repro_tells_a_wrong_section_before_any_stage_runs(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    params = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(params.replace("  margin:", "  margins:"))
+    stand_in = tmp_path / ".venv/bin/dvc"
+    stand_in.parent.mkdir(parents=True)
+    stand_in.write_text('#!/bin/sh\necho "$@" >> calls\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "calls").touch()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["make", "--old-file=setup", "repro"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
+    )
+    said = "params.yaml: gate.margins is unknown: choose from lowest_accuracy, largest_parameter_count"
+    assert ended.returncode != 0
+    assert ended.stderr.startswith(f"error: {said}")
+    assert "repro" not in (tmp_path / "calls").read_text()
 
 
 # The champion of a store

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text
-from mnist_pipeline.common.params import Count, Section, load_params, parse_section, read_sections
-from mnist_pipeline.common.paths import METRICS, PARAMS, RAW
+from mnist_pipeline.common.params import load_params
+from mnist_pipeline.common.paths import METRICS, RAW
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
+from mnist_pipeline.promotion.bounds import GateParams, load_bounds
 from mnist_pipeline.report.tables import markdown_table
 from mnist_pipeline.tracking.address import store_address
 from mnist_pipeline.tracking.git import GitError, changed_files
@@ -26,21 +25,6 @@ from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.registry import ModelVersion, find_champion
 
 _VALUE_LENGTH = 160  # characters, so that a row of the table stays readable
-_Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class GateParams(Section):
-    """The section `gate` of the params: what a model must be to become the champion."""
-
-    lowest_accuracy: _Share
-    largest_parameter_count: Count
-    largest_calibration_error: _Share
-    margin: _Share
-    changed_data: bool
-
-
-class _GateSection(Section):
-    gate: GateParams
 
 
 @dataclass(frozen=True)
@@ -88,19 +72,9 @@ def judge() -> list[Verdict]:
     Raises:
         UserError: the section is wrong, or a file that the pipeline makes is absent or damaged.
     """
-    bounds = load_bounds(PARAMS)
+    bounds = load_bounds()
     champion = look_up_champion(load_digits(RAW, "test"), load_params().evaluate.batch_size)
     return decide(bounds, _look_at_candidate(), champion)
-
-
-def load_bounds(path: Path) -> GateParams:
-    """Load and validate the section `gate` of the params.
-
-    Raises:
-        UserError: the file is absent or no YAML, or the section has a key or a value that does not belong there.
-    """
-    section = {name: values for name, values in read_sections(path).items() if name == "gate"}
-    return parse_section(_GateSection, section, f"{path}: ").gate
 
 
 def decide(bounds: GateParams, candidate: Candidate, champion: Champion | NoChampion) -> list[Verdict]:
