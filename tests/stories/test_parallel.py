@@ -273,6 +273,14 @@ def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
     assert "warning: train.processes and threads make 2 threads on the 1 cores" in capsys.readouterr().err
 
 
+def test_one_process_with_more_threads_than_cores_is_warned_of(
+    params: Params, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    launch(lambda params: None, params.model_copy(update={"threads": 256}), lambda params: {})
+    assert "warning: train.processes and threads make 256 threads on the 2 cores" in capsys.readouterr().err
+
+
 @pytest.mark.thorough
 def test_a_machine_with_other_params_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
     first, second = two_machines(tmp_path)
