@@ -247,8 +247,13 @@ def onnx_command(path: Path, model: Path, as_json: bool) -> None:
     predict the same for all test digits in data/raw, in batches of several sizes.
     """
     from mnist_pipeline.data.digits import load_digits
-    from mnist_pipeline.serving.onnx import export_onnx
 
+    try:
+        from mnist_pipeline.serving.onnx import export_onnx
+    except ModuleNotFoundError as error:
+        raise errors.UserError(
+            f"mnist export onnx needs {error.name}, which is absent: `make onnx` installs it"
+        ) from None
     agreement = export_onnx(model, path, load_digits(RAW, "test"))
     print(_to_json({"path": str(path), **asdict(agreement)}) if as_json else f"{path} is written: {agreement}")
 

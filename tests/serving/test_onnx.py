@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +159,15 @@ def test_a_missing_file_is_named(repository: Path, trained_model: Path, missing:
     assert isinstance(result.exception, UserError)
     assert str(result.exception).startswith(missing)
     assert reason in str(result.exception)
+
+
+@pytest.mark.parametrize("absent", ["onnx", "onnxruntime"])
+def test_without_onnx_the_error_says_how_to_get_it(absent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "mnist_pipeline.serving.onnx")
+    monkeypatch.setitem(sys.modules, absent, None)
+    result = mnist_export("model.onnx")
+    assert isinstance(result.exception, UserError)
+    assert str(result.exception) == f"mnist export onnx needs {absent}, which is absent: `make onnx` installs it"
 
 
 def test_a_path_that_cannot_be_written_is_named(repository: Path, trained_model: Path) -> None:

@@ -46,7 +46,7 @@ def connect_cluster(address: str) -> Generator[tuple[int, RunTrial]]:
     try:
         import ray
     except ImportError:
-        raise UserError('--ray needs Ray, which is absent: `pip install --editable ".[cluster]"`') from None
+        raise UserError("--ray needs Ray, which is absent: `make cluster` installs it") from None
     _check_tracking()
     _check_address(address)
     on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray replaces it
