@@ -9,12 +9,14 @@ from filelock import FileLock
 from support import DATA, ROOT
 from support.repository import FIRST_REPRO, Repository
 
+from mnist_pipeline.common.kernels import pin_kernels
 from mnist_pipeline.common.params import Params, load_params
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.model_file import save_model
 from mnist_pipeline.model.network import build_model
 from mnist_pipeline.training.loop import start_training, train
 
+pin_kernels()  # plugins may have imported torch already; it looks at the processor when it computes
 torch.set_num_threads(1)  # with so few digits, threads would only wait for one another
 
 
