@@ -100,7 +100,6 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "train.processes": 1,
         "train.epochs": 14,
         "train.batch_size": 129,
-        "train.precision": "float32",
         "train.optimizer": "adam",
         "train.learning_rate": 0.001,
         "train.weight_decay": 0.0001,
