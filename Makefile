@@ -1,7 +1,7 @@
 # The project's commands, the same for people, hooks and CI. Every target sets up what it needs.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup cluster onnx dev scm pull repro backfill reproduce test test-all check lock ui bench diff readme
+.PHONY: help setup cluster onnx dev scm pull repro backfill reproduce test test-all check lock ui portable bench diff readme
 
 PYTHON ?= python3
 INSTALL := PATH='$(PATH)' $(PYTHON) install.py
@@ -68,6 +68,11 @@ ui: setup ## browse the runs in MLflow
 
 reproduce: setup ## train HEAD again in a temporary clone and compare byte for byte
 	mnist reproduce
+
+portable: dev ## check on emulated processors that others give the same bytes as this one (minutes)
+	@command -v qemu-x86_64 >/dev/null || { [ "$$(id -u)" = 0 ] || sudo="sudo -n"; $$sudo apt-get install --quiet --yes qemu-user; } || \
+		echo "warning: the package qemu-user is absent and cannot be installed: no processor is emulated" >&2
+	pytest -rs tests/test_same_bits.py
 
 bench: setup repro ## measure what training costs: reports/bench.json (minutes; PARTS="epoch_seconds floor" for a part)
 	python -m benchmarks.bench $(PARTS)

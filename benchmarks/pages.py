@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from mnist_pipeline.common.errors import run
-from mnist_pipeline.common.files import read_text, write_text
+from mnist_pipeline.common.files import read_table, read_text, write_text
 from mnist_pipeline.common.params import load_params
-from mnist_pipeline.common.paths import BENCH, CALIBRATION, DIFF, HISTORY, METRICS, PREDICTIONS, ROBUSTNESS, STUDIES
+from mnist_pipeline.common.paths import (
+    BENCH,
+    CALIBRATION,
+    DIFF,
+    HISTORY,
+    METRICS,
+    PREDICTIONS,
+    PROCESSORS,
+    ROBUSTNESS,
+    STUDIES,
+)
 from mnist_pipeline.report import published
 from mnist_pipeline.report.comparison import compare_results
 from mnist_pipeline.report.results import load_results
@@ -48,6 +58,7 @@ def renew(page: str) -> str:
         "processes": _processes,
         "sweeps": _sweeps,
         "stores": _stores,
+        "processors": _processors,
     }.items():
         page = re.sub(
             f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
@@ -147,6 +158,13 @@ def _processes() -> str:
     )
     header = ["", "images a second", "relative to one process of one thread", "lowest to highest round"]
     return f"{markdown_table(header, rows)}\n\n{_wrap(text)}"
+
+
+def _processors() -> str:
+    """List the processors on which `mnist reproduce` found all outputs identical."""
+    header = ["processor", "its instruction sets beyond AVX2, which are not used", "cores"]
+    rows = [[row["processor"], row["beyond_avx2"], row["cores"]] for row in read_table(PROCESSORS)]
+    return markdown_table(header, rows)
 
 
 def _sweeps() -> str:

@@ -44,14 +44,15 @@ def check_params_command() -> None:
 
 
 @mnist.command("reproduce")
-def reproduce_command() -> None:
+@click.option("--record", is_flag=True, help="If all is identical, add this processor to reports/processors.csv.")
+def reproduce_command(record: bool) -> None:
     """Run the pipeline of HEAD again and compare byte for byte.
 
     It runs in a temporary clone, without any cache. The exit code is 0 if all outputs are identical.
     """
     from mnist_pipeline.reproduce import reproduce_commit
 
-    reproduce_commit()
+    reproduce_commit(record)
 
 
 @mnist.command("experiment", context_settings={"ignore_unknown_options": True})
@@ -210,7 +211,7 @@ def predict_command(files: tuple[str, ...], model: Path, as_json: bool) -> None:
     for name, prediction in classify_files(files, Classifier(model)):
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
-            print(f"{name}: {prediction.digit} ({prediction.probability:.1%})", flush=True)
+            print(f"{errors.printable(name)}: {prediction.digit} ({prediction.probability:.1%})", flush=True)
     if as_json:
         print(_to_json(answers))
     sys.exit(len(answers) < len(files))
@@ -255,7 +256,8 @@ def onnx_command(path: Path, model: Path, as_json: bool) -> None:
             f"mnist export onnx needs {error.name}, which is absent: `make onnx` installs it"
         ) from None
     agreement = export_onnx(model, path, load_digits(RAW, "test"))
-    print(_to_json({"path": str(path), **asdict(agreement)}) if as_json else f"{path} is written: {agreement}")
+    written = errors.printable(f"{path} is written: {agreement}")
+    print(_to_json({"path": str(path), **asdict(agreement)}) if as_json else written)
 
 
 def _to_json(value: object) -> str:

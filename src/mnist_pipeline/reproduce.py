@@ -1,25 +1,32 @@
 """Run the pipeline of HEAD again in a temporary clone, without any cache, and compare (`make reproduce`)."""
 
+import hashlib
+import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import read_csv
+from mnist_pipeline.common.files import read_csv, read_table, write_csv
 from mnist_pipeline.common.params import load_yaml
-from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, RAW, REPORTS
+from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, PROCESSORS, RAW, REPORTS
 from mnist_pipeline.tracking.git import GitError, clone_repository, head_commit, locate_in_repository
-from mnist_pipeline.tracking.provenance import clean_environment
+from mnist_pipeline.tracking.provenance import clean_environment, processor_name
 
 _COMPARED = [LOCK, HISTORY, PREDICTIONS]  # git holds these, so the clone has the old ones
 
 
-def reproduce_commit() -> None:
+def reproduce_commit(record: bool = False) -> None:
     """Run the whole pipeline at HEAD again; print for each output whether it is identical.
 
-    Exit with 0 if all outputs are, otherwise with 1.
+    Exit with 0 if all outputs are, otherwise with 1. With `record`, add this machine's processor to the table of those
+    on which all outputs were identical.
 
     Raises:
         UserError: there is no commit, git cannot clone it, it lacks outputs to compare with, or its pipeline fails.
@@ -50,7 +57,26 @@ def reproduce_commit() -> None:
             print(f"  {output:<26} {'identical' if after.get(output) == digest else 'DIFFERENT'}")
         verdict = "identical, byte for byte" if before == after else describe_difference(committed, clone)
     print(f"Verdict: {verdict}")
+    if record and before == after:
+        record_processor(after)
     sys.exit(before != after)
+
+
+def record_processor(outputs: Mapping[str, str]) -> None:
+    """Add this processor to reports/processors.csv, and drop those whose outputs were others."""
+    digest = hashlib.sha256(json.dumps(outputs, sort_keys=True).encode()).hexdigest()
+    new = {"processor": processor_name(), "beyond_avx2": _beyond_avx2(), "cores": os.cpu_count(), "outputs": digest}
+    earlier = read_table(PROCESSORS) if PROCESSORS.exists() else []
+    kept = [row for row in earlier if row["outputs"] == digest and row["processor"] != new["processor"]]
+    write_csv(PROCESSORS, [*kept, new])
+    print(f"{PROCESSORS} lists this processor; `make readme` carries the table into docs/trust-a-rerun.md")
+
+
+def _beyond_avx2() -> str:
+    """Name the wider instruction sets that this processor has and the pipeline does not use."""
+    has = torch.cpu.get_capabilities()
+    names = {"avx512_f": "AVX-512", "avx512_bf16": "bfloat16", "amx_tile": "AMX"}
+    return ", ".join(name for key, name in names.items() if has.get(key)) or "nothing"
 
 
 def output_digests(lock: Path) -> dict[str, str]:
@@ -60,7 +86,7 @@ def output_digests(lock: Path) -> dict[str, str]:
 
 
 def describe_difference(committed: Path, again: Path) -> str:
-    """Say how much two runs differ. Another processor may change the last bits, but rarely a prediction."""
+    """Say how much two runs differ. Other kernels may change the last bits, but rarely a prediction."""
     histories = [read_csv(directory / HISTORY) for directory in (committed, again)]
     predictions = [read_csv(directory / PREDICTIONS) for directory in (committed, again)]
     if any(len(first) != len(second) for first, second in (histories, predictions)):

@@ -27,10 +27,11 @@ REPORT = REPORTS / "report.md"
 PAGE = REPORTS / "report.html"
 FIGURES = REPORTS / "figures"
 
-# `mnist study`, `make diff` and `make bench` write these; no stage does.
+# `mnist study`, `make diff`, `make bench` and `mnist reproduce --record` write these; no stage does.
 STUDIES = REPORTS / "studies"
 DIFF = REPORTS / "diff.md"
 BENCH = REPORTS / "bench.json"
+PROCESSORS = REPORTS / "processors.csv"
 
 
 def checkpoint_path(fingerprint: str) -> Path:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, sha256, sha256_of_directory
 from mnist_pipeline.common.params import Params, flatten, load_params, load_yaml
@@ -23,7 +25,7 @@ _IMAGES = [str(ADDED), str(RAW)]
 class Provenance:
     """What `dvc.yaml` declares for a stage: its command, params, inputs (with their SHA-256), outputs and metrics.
 
-    Two stages with the same `fingerprint` have the same outputs, on the same machine.
+    Two stages with the same `fingerprint` have the same outputs, with the same kernels (see `common.kernels`).
     """
 
     stage: str
@@ -129,11 +131,12 @@ def machine_tags() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "mlflow": version("mlflow"),
-        "processor": _processor_name(),
+        "processor": processor_name(),
+        "kernels": torch.backends.cpu.get_cpu_capability(),
     }
 
 
-def _processor_name() -> str:
+def processor_name() -> str:
     """Return the processor's model on Linux, elsewhere what Python knows about it."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*: (.+)", cpuinfo.read_text(encoding="utf-8")) if cpuinfo.is_file() else None
