@@ -146,7 +146,7 @@ def test_the_outputs_of_a_stage_are_those_that_it_declares(
 
 
 def test_the_machine_is_described() -> None:
-    assert machine_tags().keys() == {"python", "torch", "mlflow", "processor"}
+    assert machine_tags().keys() == {"python", "torch", "mlflow", "processor", "kernels"}
     assert all(machine_tags().values())
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sqlite3
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from unittest import mock
@@ -11,7 +12,7 @@ from unittest import mock
 import pytest
 from mlflow import MlflowClient
 from support.repository import Repository, empty_database
-from support.stores import TRAIN, store  # noqa: F401 (a fixture)
+from support.stores import TRAIN, isolated_tracking, store  # noqa: F401 (a fixture)
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256, write_text
@@ -37,6 +38,51 @@ def test_the_store_is_the_named_one_or_the_one_in_the_repository(
     run = Store().begin_run(TRAIN)
     used = store.root / ("named.db" if named else "mlflow.db")
     assert MlflowClient(f"sqlite:///{used}").get_run(run.id).data.tags["stage"] == "train"
+
+
+@pytest.fixture
+def artifact(store: Repository) -> tuple[str, Path]:
+    """Return the id of a run, and the file that it logged."""
+    run = Store().begin_run(TRAIN)
+    run.client.log_text(run.id, "kept", "note.txt")
+    return run.id, store.root / "mlartifacts" / run.id / "artifacts/note.txt"
+
+
+@pytest.mark.parametrize("bring", [shutil.move, shutil.copytree])
+@pytest.mark.parametrize("name", ["repository", "50% of Zoë's #1"])
+def test_runs_follow_a_directory_that_is_moved_or_copied(
+    store: Repository,
+    artifact: tuple[str, Path],
+    tmp_path_factory: pytest.TempPathFactory,
+    bring: Callable[[Path, Path], object],
+    name: str,
+) -> None:
+    run_id, logged = artifact
+    place = tmp_path_factory.mktemp("elsewhere") / name
+    before = (store.root / "mlflow.db").read_bytes()
+    bring(store.root, place)
+    with isolated_tracking(place):
+        found = Store()
+        [run] = found.search_runs(f"attributes.run_id = '{run_id}'")
+        assert run.info.artifact_uri == (place / logged.relative_to(store.root).parent).as_uri()
+        assert Path(found.client.download_artifacts(run_id, "note.txt")).read_text() == "kept"
+        assert found.unfinished_run_of(TRAIN) is not None
+        new = found.begin_run(TRAIN)
+        new.client.log_text(new.id, "new", "note.txt")
+    assert (place / "mlartifacts" / new.id / "artifacts/note.txt").read_text() == "new"
+    if bring is shutil.move:
+        assert not store.root.exists()
+    else:
+        assert (store.root / "mlflow.db").read_bytes() == before
+        assert not (store.root / "mlartifacts" / new.id).exists()
+
+
+@pytest.mark.parametrize("location", ["s3://bucket/mlartifacts", "/elsewhere/artifacts", "mlflow-artifacts:/1"])
+def test_artifacts_that_lie_elsewhere_stay_there(store: Repository, location: str) -> None:
+    client = MlflowClient(f"sqlite:///{store.root / 'mlflow.db'}")
+    client.create_experiment("mnist", location)
+    Store()
+    assert client.get_experiment_by_name("mnist").artifact_location == location
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import mlflow
 from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.tracking.context.registry import resolve_tags
+from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from mnist_pipeline.common.errors import UserError
@@ -30,6 +31,13 @@ from mnist_pipeline.tracking.run import DATA_TAG, MODEL_TAG, TrackedRun
 
 PARENT_RUN = "MNIST_PARENT_RUN"  # environment variable: the id of the run that a training belongs to
 _EXPERIMENT = "mnist"
+_ARTIFACTS = "mlartifacts"  # the directory of artifacts, beside the database
+_ADDRESSES = {  # columns of MLflow's tables that hold addresses of artifacts
+    "experiments": "artifact_location",
+    "runs": "artifact_uri",
+    "logged_models": "artifact_location",
+    "model_versions": "storage_location",
+}
 _WORKSPACE_TAG = "workspace"
 _DVC_EXPERIMENT_TAG = "dvc_experiment"
 
@@ -54,11 +62,14 @@ class Store:
             if self.database:
                 prepare_database(self.database)
             self.client = cast("mlflow.MlflowClient", Client(deadline))
+            workspace = f"{platform.node()}:{root}"
+            if self.database:
+                move_artifacts(self.database, workspace)
             self.experiment_id = self._find_experiment()
         self.dvc_experiment = os.environ.get("DVC_EXP_NAME")
         self._origin = {
             _DVC_EXPERIMENT_TAG: self.dvc_experiment,
-            _WORKSPACE_TAG: f"{platform.node()}:{root}",
+            _WORKSPACE_TAG: workspace,
             MLFLOW_PARENT_RUN_ID: os.environ.get(PARENT_RUN),
         }
 
@@ -70,7 +81,7 @@ class Store:
         """
         if (found := self.client.get_experiment_by_name(_EXPERIMENT)) is None:
             with ignore_mlflow_error("RESOURCE_ALREADY_EXISTS"):  # another process was faster
-                artifacts = (self.database.parent / "mlartifacts").as_uri() if self.database else None
+                artifacts = (self.database.parent / _ARTIFACTS).as_uri() if self.database else None
                 self.client.create_experiment(_EXPERIMENT, artifacts)
             found = self.client.get_experiment_by_name(_EXPERIMENT)
         if found is None or found.lifecycle_stage != "active":
@@ -227,6 +238,27 @@ def _explain(error: Exception) -> str:
         text = re.sub(r"<[^>]*>, |HTTP\w+\([^)]*\): |.*', \w+\((\d+, )?", "", cause[1])
         return re.sub(r"^(\w+\()?['\"]|['\"]\)*$", "", text)
     return text.splitlines()[0].split(". ")[0]
+
+
+def move_artifacts(database: Path, workspace: str) -> None:
+    """Let addresses of artifacts begin at the database's directory: MLflow's are absolute, and directories move.
+
+    Without this, the runs of a directory that was moved or copied would have their artifacts in the old place. Nor
+    would a training find there what it began in the old place: that is now of this `workspace`.
+    """
+    with closing(sqlite3.connect(database)) as connection, connection:
+        location = "SELECT artifact_location FROM experiments WHERE name = ?"
+        [found] = connection.execute(location, [_EXPERIMENT]).fetchone() or [""]
+        old = Path(local_file_uri_to_path(found)).parent  # type: ignore[no-untyped-call]
+        new = database.parent
+        if old == new or not re.fullmatch(f"(/|file:).*/{_ARTIFACTS}", found):
+            return
+        for before, after in ((f"{old}/", f"{new}/"), (f"{old.as_uri()}/", f"{new.as_uri()}/")):
+            for table, column in _ADDRESSES.items():
+                change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"  # noqa: S608 (names of ours)
+                connection.execute(change, [after, len(before) + 1, len(before), before])
+        moved = "UPDATE tags SET value = ? WHERE key = ? AND substr(value, ?) = ?"
+        connection.execute(moved, [workspace, _WORKSPACE_TAG, -len(f":{old}"), f":{old}"])
 
 
 def prepare_database(database: Path) -> None:
