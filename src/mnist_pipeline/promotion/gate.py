@@ -19,7 +19,7 @@ from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.promotion.bounds import GateParams, load_bounds
 from mnist_pipeline.report.tables import markdown_table
-from mnist_pipeline.tracking.address import store_address
+from mnist_pipeline.tracking.address import hide_secrets, store_address
 from mnist_pipeline.tracking.git import GitError, changed_files
 from mnist_pipeline.tracking.provenance import sha256_of_images
 from mnist_pipeline.tracking.registry import ModelVersion, find_champion
@@ -142,7 +142,7 @@ def _changed_files() -> list[str]:
 def _stale_stages() -> list[str]:
     process = subprocess.run(["dvc", "status", "--json"], capture_output=True, text=True, check=False)
     if process.returncode != 0:
-        return [f"dvc failed: {' '.join(process.stderr.split())}"]
+        return [f"dvc failed: {hide_secrets(' '.join(process.stderr.split()))}"]
     return list(json.loads(process.stdout))
 
 

@@ -20,7 +20,7 @@ def promote_model(reason: str) -> None:
     if not MODEL.is_file():
         raise UserError(f"{MODEL} is absent: `dvc repro` makes it, `dvc pull` brings it")
     with store_errors():
-        registry = Registry(Store())
+        registry = Registry(Store(patient=True))
     with registry.lock():
         with store_errors():
             version, champion = registry.register(MODEL), registry.find(CHAMPION)
@@ -48,7 +48,7 @@ def roll_back_model(reason: str) -> None:
         UserError: there is no previous champion, or MLflow fails.
     """
     with store_errors():
-        registry = Registry(Store())
+        registry = Registry(Store(patient=True))
         with registry.lock():
             champion, previous = registry.find(CHAMPION), registry.find(PREVIOUS)
             if previous is None:

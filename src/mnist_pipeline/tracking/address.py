@@ -30,8 +30,10 @@ def show_address(uri: str) -> str:
     """Return what may be shown of an address: scheme, host and port, or the path of a local file."""
     if found := _SQLITE.fullmatch(uri):
         return f"{found[1]}{found[2]}"
+    if _PATH.fullmatch(uri):
+        return uri
     if not (found := _URL.fullmatch(uri)):
-        return uri if _PATH.fullmatch(uri) else "…"
+        return "…"
     scheme, authority, rest = found.groups()
     _, at, place = authority.rpartition("@")
     if not at and not _HOST_AND_PORT.fullmatch(authority) and rest.count("@") == 1:  # the password has a / in it

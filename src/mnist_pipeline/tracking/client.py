@@ -12,7 +12,7 @@ import mlflow
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
-SECONDS = 25  # that a stage spends on tracking at most, and that each call of a patient command may take
+SECONDS = 20  # that a stage spends on tracking at most, and that each call of a patient command may take
 
 
 class Deadline:
@@ -49,7 +49,7 @@ class Deadline:
         except TimeoutError:
             if answer.done():  # the function itself raised it
                 raise
-            raise TimeoutError(f"it took longer than {SECONDS} seconds") from None
+            raise TimeoutError(f"it took more than {SECONDS} seconds") from None
         finally:
             if not self._patient:
                 self.seconds -= time.monotonic() - begin

@@ -15,9 +15,11 @@ from typing import Any, cast
 import mlflow
 from filelock import FileLock
 from mlflow.entities import Run
+from mlflow.store.db import utils as database_utils
 from mlflow.tracking.context.registry import resolve_tags
 from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+from sqlalchemy.engine import make_url
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
@@ -56,6 +58,8 @@ class Store:
         configure_mlflow()
         root = Path(os.environ.get("DVC_ROOT", ".")).resolve()
         os.environ[TRACKING_URI], self.database = locate_store(root)
+        if self.database:
+            check_place(self.database)
         deadline = Deadline(patient)
         # Two processes that create the database's tables at once break each other (mlflow#6490).
         with FileLock(f"{self.database}.lock", timeout=deadline.seconds) if self.database else nullcontext():
@@ -165,8 +169,9 @@ def configure_mlflow() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # By default MLflow waits minutes for a server that does not answer. These settings end a request after 13 seconds,
-    # and so, before `Deadline` does, give the reason.
+    # By default MLflow tries for minutes. With these settings it gives up before `Deadline` does, and knows the reason:
+    # after 13 seconds if a server does not answer, at once if a database cannot be opened.
+    database_utils.MAX_RETRY_COUNT = 1
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
@@ -240,6 +245,22 @@ def _explain(error: Exception) -> str:
     return text.splitlines()[0].split(". ")[0]
 
 
+def check_place(database: Path) -> None:
+    """Check that MLflow finds a database, and the artifacts beside it, where they are.
+
+    Raises:
+        UserError: it would write elsewhere. It takes `?` and `%41` in a path for parts of an address.
+    """
+    of_database = make_url(f"sqlite:///{database}").database
+    of_artifacts = local_file_uri_to_path(database.as_uri())  # type: ignore[no-untyped-call]
+    for found in (of_database, of_artifacts):
+        if found != str(database):
+            raise UserError(
+                f"MLflow cannot use {database} (it takes that for {found}): rename the directory, "
+                f"or set {TRACKING_URI} to a store in another one"
+            )
+
+
 def move_artifacts(database: Path, workspace: str) -> None:
     """Let addresses of artifacts begin at the database's directory: MLflow's are absolute, and directories move.
 
@@ -271,15 +292,10 @@ def prepare_database(database: Path) -> None:
         new = database.with_name(f"{database.name}.new")
         try:
             _remove_database(new)  # left by a process that was killed
-            _check_database(new)
             mlflow.MlflowClient(f"sqlite:///{new}").search_experiments()
             new.replace(database)
         finally:
             _remove_database(new)
-    _check_database(database)
-
-
-def _check_database(database: Path) -> None:
     with closing(sqlite3.connect(database)) as connection:
         connection.execute("BEGIN IMMEDIATE")
 

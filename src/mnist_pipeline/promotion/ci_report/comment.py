@@ -124,8 +124,11 @@ def _curve_chart(quantity: str, run: Retraining) -> dict[str, object]:
 
 
 def _training_seconds() -> float | None:
-    """Estimate the training's duration as epochs × seconds of the last epoch; None if MLflow lacks the run."""
+    """Estimate the training's duration as epochs × seconds of the last epoch; None if MLflow fails or lacks the run."""
     if not MODEL.is_file():
         return None
-    runs = finished_runs(f"tags.model_sha256 = '{sha256(MODEL)}' and metrics.epoch_seconds > 0")
+    try:
+        runs = finished_runs(f"tags.model_sha256 = '{sha256(MODEL)}' and metrics.epoch_seconds > 0")
+    except UserError:
+        return None
     return int(runs[-1]["params.train.epochs"]) * float(runs[-1]["metrics.epoch_seconds"]) if runs else None
