@@ -77,6 +77,30 @@ def test_runs_follow_a_directory_that_is_moved_or_copied(
         assert not (store.root / "mlartifacts" / new.id).exists()
 
 
+@pytest.mark.parametrize("name", ["what?", "a%41", "x?uri=true", os.fsdecode(b"caf\xe9")])
+def test_a_directory_whose_name_mlflow_misreads_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    place = tmp_path / name / "repository"
+    place.mkdir(parents=True)
+    monkeypatch.chdir(place)
+    with mock.patch.dict(os.environ, MLFLOW_TRACKING_URI=""), pytest.raises(UserError, match="rename the directory"):
+        Store()
+    assert list(tmp_path.rglob("*")) == [place.parent, place]
+
+
+@pytest.mark.parametrize("name", ["50% of it", 'it\'s a "test" #1', "Zoë & 猫", "$HOME;[x]{y}*", "a\\b\nc"])
+def test_any_other_name_of_a_directory_is_fine(tmp_path: Path, name: str) -> None:
+    place = tmp_path / name
+    place.mkdir()
+    with isolated_tracking(place):
+        run = Store().begin_run(TRAIN)
+        run.client.log_text(run.id, "kept", "note.txt")
+        assert Path(run.client.download_artifacts(run.id, "note.txt")).read_text() == "kept"
+    assert (place / "mlartifacts" / run.id / "artifacts/note.txt").is_file()
+    assert [path for path in tmp_path.iterdir() if path != place] == []
+
+
 @pytest.mark.parametrize("location", ["s3://bucket/mlartifacts", "/elsewhere/artifacts", "mlflow-artifacts:/1"])
 def test_artifacts_that_lie_elsewhere_stay_there(store: Repository, location: str) -> None:
     client = MlflowClient(f"sqlite:///{store.root / 'mlflow.db'}")
