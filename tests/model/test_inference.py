@@ -1,15 +1,18 @@
 """Predicting and scoring: the same answers whatever the batches and the network's mode."""
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT
 from torch import Tensor
 
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import load_digits
-from mnist_pipeline.model.inference import predict, score
+from mnist_pipeline.model.inference import predict, score, set_up_torch
 from mnist_pipeline.model.network import Net, build_model
 
 
@@ -49,3 +52,21 @@ def test_predicting_leaves_the_network_as_it_was(model: Net, images: Tensor, tra
 def test_predicting_is_in_evaluation_mode_whatever_the_networks_mode(model: Net, images: Tensor) -> None:
     expected = predict(model.eval(), images, batch_size=12)
     assert torch.equal(predict(model.train(), images, batch_size=12), expected)
+
+
+@pytest.mark.parametrize(("capability", "warned"), [("AVX2", False), ("DEFAULT", True), ("SVE256", True)])
+def test_a_line_tells_when_the_last_bits_may_differ(
+    capability: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    set_up_torch(torch.get_num_threads())
+    said = capsys.readouterr().err
+    assert said.count("\n") == warned
+    assert ("the last bits of the results may differ" in said) == warned
+
+
+def test_a_new_process_has_the_pinned_kernels_whatever_its_environment() -> None:
+    program = "import mnist_pipeline, torch; print(torch.backends.cpu.get_cpu_capability())"
+    environment = {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": str(ROOT / "src")}
+    said = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == torch.backends.cpu.get_cpu_capability()

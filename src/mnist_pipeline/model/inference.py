@@ -24,7 +24,7 @@ def set_up_torch(threads: int) -> torch.device:
     Say so in a line if the kernels are not those of `common.kernels`. Source: PyTorch's notes on reproducibility.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode("error")  # as `use_deterministic_algorithms`, which imports the compiler, a second
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms also imports the compiler: 1 s
     deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # nothing reads it; filling takes time
     torch.set_num_threads(threads)
     _keep_freed_memory()
