@@ -51,7 +51,7 @@ def run_epochs(training: Training, params: Params, train_params: TrainParams, ep
         ("adam", {}, 1),
         ("adam", {}, 3),
         ("adamw", {"averaging": 0.9}, 2),
-        ("muon", {"averaging": 0.9, "precision": "bfloat16"}, 2),
+        ("muon", {"averaging": 0.9}, 2),
         ("sgd", {}, 2),
     ],
 )
