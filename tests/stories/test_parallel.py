@@ -144,7 +144,7 @@ def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals)
 
 
 def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
-    repository = workspace(tmp_path, processes=2, learning_rate="1.0e+30")
+    repository = workspace(tmp_path, processes=2, optimizer="sgd", learning_rate=100, weight_decay=100)
     finished = repository.stage("train")
     assert finished.returncode == 1
     assert finished.stdout.count("error: epoch 1: the loss is not finite") == 1
