@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support import DATA
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.data.digits import FILES
@@ -32,6 +33,8 @@ def _no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MNIST_DIR", raising=False)
     monkeypatch.setattr("mnist_pipeline.data.download.from_torchvision", fail)
     monkeypatch.setenv("PATH", str(tmp_path / "no programs"))
+    monkeypatch.setattr("mnist_pipeline.data.download._MAX_BYTES", 300_000)  # the small MNIST's largest has 235,216
+    monkeypatch.setattr("mnist_pipeline.data.download._MAX_PACKAGE_BYTES", 1_000_000)
 
 
 @pytest.fixture
@@ -132,6 +135,13 @@ def member(kind: bytes, target: Path | None = None) -> tarfile.TarInfo:
     return special
 
 
+def too_large() -> tarfile.TarInfo:
+    """Return the header of a member that pretends to hold terabytes."""
+    huge = member(tarfile.REGTYPE)
+    huge.size = 2**42
+    return huge
+
+
 def test_what_is_there_and_verifies_is_kept(
     raw: Path, digits: Files, digests: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,6 +209,65 @@ def test_a_damaged_source_changes_nothing(
     fill(raw, digits)
     source({**digits, name: damage(images)})
     assert failures(raw, digests, capsys).startswith("  failed: ")
+
+
+def sparse(path: Path) -> None:
+    """Make a file of a terabyte that takes no space."""
+    path.touch()
+    os.truncate(path, 10**12)
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "reason"),
+    [
+        pytest.param(IMAGES, os.mkfifo, "Not a regular file", id="a pipe"),
+        pytest.param(f"{IMAGES}.gz", os.mkfifo, "No such file", id="a pipe that is named as gzipped"),
+        pytest.param(IMAGES, lambda path: path.symlink_to("/dev/zero"), "Not a regular file", id="a device"),
+        pytest.param(IMAGES, lambda path: path.mkdir(), "Is a directory", id="a directory"),
+        pytest.param(IMAGES, sparse, "Larger than 300,000 bytes", id="a terabyte"),
+        pytest.param(f"{IMAGES}.gz", sparse, "Larger than 300,000 bytes", id="a terabyte that is named as gzipped"),
+        pytest.param(
+            f"{IMAGES}.gz",
+            lambda path: path.write_bytes(gzip.compress(bytes(10_000_000))),
+            "more than 300,000 bytes",
+            id="a gzip bomb",
+        ),
+    ],
+)
+def test_a_source_with_a_file_that_never_ends_is_not_read(
+    raw: Path,
+    digests: dict[str, str],
+    source: Callable[[Files], None],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    place: Callable[[Path], object],
+    reason: str,
+) -> None:
+    source({name: (DATA / name).read_bytes() for name in FILES if name != IMAGES})
+    place(Path(os.environ["MNIST_DIR"]) / name)
+    assert reason in failures(raw, digests, capsys).splitlines()[0]
+
+
+def test_the_name_of_a_source_is_printed_in_one_line(
+    raw: Path, digests: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MNIST_DIR", "no\nsuch\x1b[31mplace")
+    with pytest.raises(UserError):
+        download(raw, digests)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[0] == r"Fetching MNIST from MNIST_DIR (no\nsuch\x1b[31mplace)"
+    assert r"no\nsuch\x1b[31mplace" in printed.err.splitlines()[0]
+
+
+def test_a_pipe_in_the_place_of_a_file_is_replaced(
+    raw: Path, digits: Files, digests: dict[str, str], source: Callable[[Files], None]
+) -> None:
+    source(digits)
+    del digits[IMAGES]
+    fill(raw, digits)
+    os.mkfifo(raw / IMAGES)
+    download(raw, digests)
+    assert (raw / IMAGES).is_file()
 
 
 def test_a_source_that_is_absent_is_named(
@@ -331,6 +400,12 @@ def test_a_failing_npm_is_one_line(
         pytest.param(lambda files, images: packed(files, member(tarfile.FIFOTYPE)), id="pipe"),
         pytest.param(lambda files, images: packed(files | {IMAGES: altered(images.read_bytes())}), id="altered"),
         pytest.param(lambda files, images: packed(files | {IMAGES: images.read_bytes()})[:-9999], id="truncated"),
+        pytest.param(lambda files, images: packed(files | {IMAGES: bytes(400_000)}), id="a large file"),
+        pytest.param(lambda files, images: packed(files, too_large()), id="a file that is said to be huge"),
+        pytest.param(
+            lambda files, images: packed(files | {IMAGES: images.read_bytes(), "other": bytes(10_000_000)}),
+            id="another large file",
+        ),
         pytest.param(lambda files, images: b"<html></html>", id="a web page"),
         pytest.param(lambda files, images: b"", id="empty"),
     ],

@@ -1,17 +1,21 @@
 """The images that train and those that monitor: nothing is lost, nothing is seen twice."""
 
+import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import DATA, ROOT
 from support.additions import NEW, TEST, TRAIN, write_idx
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import Digits, load_digits
-from mnist_pipeline.data.training_set import duplicate_keys, load_training_data, split
+from mnist_pipeline.data.training_set import find_originals, load_training_data, split
 
 
 def numbered(count: int) -> Digits:
@@ -81,10 +85,87 @@ def test_with_a_split_the_test_images_are_not_even_read(copy_of_data: Path, para
     assert data.monitor_name == "Validation"
 
 
-@pytest.mark.skipif(not (ROOT / "data/raw").is_dir(), reason="data/raw is absent: `dvc repro download` makes it")
-def test_no_two_of_mnists_images_count_as_copies() -> None:
-    keys = [key for part in ("train", "test") for key in duplicate_keys(load_digits(ROOT / "data/raw", part))]
-    assert len(set(keys)) == len(keys) == 70_000
+# Copies
+
+ALL = TRAIN + TEST
+RANDOM = np.random.default_rng(0)
+
+
+def encoded(kind: str, quality: int) -> Callable[[np.ndarray], np.ndarray]:
+    def encode(pixels: np.ndarray) -> np.ndarray:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, kind, quality=quality)
+        return np.asarray(Image.open(buffer).convert("L"))
+
+    return encode
+
+
+def with_pixels_changed(count: int) -> Callable[[np.ndarray], np.ndarray]:
+    def change(pixels: np.ndarray) -> np.ndarray:
+        places = RANDOM.choice(pixels.size, count, replace=False)
+        np.put(pixels, places, 255 - pixels.ravel()[places])
+        return pixels
+
+    return change
+
+
+def with_noise(amplitude: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda pixels: pixels + RANDOM.integers(-amplitude, amplitude + 1, pixels.shape)
+
+
+CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "a level of noise": with_noise(1),
+    "twenty levels of noise": with_noise(20),
+    "a level brighter": lambda pixels: pixels + 1,
+    "a level darker": lambda pixels: pixels - 1,
+    "thirty levels brighter": lambda pixels: pixels + 30,
+    "half the contrast": lambda pixels: pixels / 2,
+    "a gamma of 0.7": lambda pixels: 255 * (pixels / 255) ** 0.7,
+    "JPEG, quality 95": encoded("JPEG", 95),
+    "JPEG, quality 75": encoded("JPEG", 75),
+    "WebP, quality 50": encoded("WEBP", 50),
+    "a changed pixel": with_pixels_changed(1),
+    "five changed pixels": with_pixels_changed(5),
+    "a changed pixel, then JPEG": lambda pixels: encoded("JPEG", 75)(with_pixels_changed(1)(pixels)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_copy_of_any_image_is_found(change: Callable[[np.ndarray], np.ndarray]) -> None:
+    changed = [np.rint(change(pixels.astype(int))).clip(0, 255).astype(np.uint8) for pixels in ALL.pixels.numpy()]
+    assert find_originals(torch.from_numpy(np.stack(changed)), ALL.pixels) == list(range(500))
+
+
+@pytest.mark.parametrize("dimension", [1, 2])
+def test_an_image_that_is_moved_by_a_pixel_is_new(dimension: int) -> None:
+    assert set(find_originals(torch.roll(ALL.pixels, 1, dims=dimension), ALL.pixels)) == {None}
+
+
+def test_copies_of_one_another_are_found_but_the_first() -> None:
+    pixels = NEW.pixels[:2].repeat(3, 1, 1)
+    assert find_originals(pixels, TEST.pixels) == [None, None, 200, 201, 200, 201]
+
+
+@pytest.fixture(scope="module")
+def mnist() -> torch.Tensor:
+    if not (ROOT / "data/raw").is_dir():
+        pytest.skip("data/raw is absent: `dvc repro download` makes it")
+    return torch.cat([load_digits(ROOT / "data/raw", part).pixels for part in ("train", "test")])
+
+
+def test_the_most_similar_images_of_mnist_do_not_count_as_copies(mnist: torch.Tensor) -> None:
+    pairs = [(58238, 64858), (20465, 24483), (4920, 25434), (27111, 51603), (27111, 63070), (28350, 37674)]
+    for first, second in pairs:
+        assert find_originals(mnist[[second]], mnist[[first]]) == [None]
+
+
+@pytest.mark.thorough
+def test_no_two_of_mnists_images_count_as_copies(mnist: torch.Tensor) -> None:
+    assert len(mnist) == 70_000
+    assert set(find_originals(mnist[1:], mnist[:1])) == {None}
+
+
+# What the stage reads
 
 
 @pytest.mark.parametrize("validation_size", [0, 50])

@@ -1,6 +1,7 @@
 """`mnist add`: digits that must not train are refused in one line; the others train and DVC tracks them."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -71,6 +72,20 @@ def idx(digits: Digits, images: bytes | None = None) -> Callable[[], None]:
     return write
 
 
+def special(name: str, place: Callable[[Path], object]) -> Callable[[], None]:
+    def put() -> None:
+        (Path("mine") / name).parent.mkdir(exist_ok=True)
+        place(Path("mine") / name)
+
+    return put
+
+
+def sparse(path: Path) -> None:
+    """Make a file of a terabyte that takes no space."""
+    path.touch()
+    os.truncate(path, 10**12)
+
+
 SEVEN = TRAIN.pixels[0].numpy()
 REFUSED = {
     "a test image": (picture(TEST.pixels[12]), ["must be new", "mine/7/odd.png (a copy of MNIST's test image 12)"]),
@@ -79,6 +94,7 @@ REFUSED = {
         ["0/a.png (a copy of MNIST's test image 12)"],
     ),
     "a test image altered by a level": (picture(TEST.pixels[12] ^ 1), ["7/odd.png (a copy of MNIST's test image 12)"]),
+    "a test image as JPEG": (picture(TEST.pixels[12], name="7/odd.jpg"), ["odd.jpg (a copy of MNIST's test image 12)"]),
     "a test image in colours that are grey": (
         picture(TEST.pixels[3], "RGB"),
         ["odd.png (a copy of MNIST's test image 3)"],
@@ -104,6 +120,16 @@ REFUSED = {
     "no picture": (file("7/notes.txt"), ["mine/7/notes.txt: this is no picture"]),
     "half a picture": (file("7/half.png", b"\x89PNG\r\n\x1a\n"), ["mine/7/half.png: "]),
     "a directory in a class": (lambda: Path("mine/7/more").mkdir(parents=True), ["mine/7/more: Is a directory"]),
+    "a pipe": (special("7/odd.png", os.mkfifo), ["mine/7/odd.png: Not a regular file"]),
+    "a device": (special("7/odd.png", lambda path: path.symlink_to("/dev/zero")), ["odd.png: Not a regular file"]),
+    "a terabyte": (special("7/odd.png", sparse), ["mine/7/odd.png: Larger than 200,000,000 bytes"]),
+    "IDX in a pipe": (special(IMAGES, os.mkfifo), [f"mine/{IMAGES} cannot be read (Not a regular file)"]),
+    "IDX of a terabyte": (special(IMAGES, sparse), [f"mine/{IMAGES} cannot be read (Larger than 392,001,024 bytes)"]),
+    "a name of two lines": (file("7/two\nlines\x1b[31m.png"), [r"mine/7/two\nlines\x1b[31m.png: this is no picture"]),
+    "a copy with a name of two lines": (
+        picture(TEST.pixels[12], name="7/two\nlines.png"),
+        [r"mine/7/two\nlines.png (a copy of MNIST's test image 12)"],
+    ),
     "an unknown class": (picture(SEVEN, name="10/a.png"), ["mine/10 is unknown", "directories 0 to 9"]),
     "a file among the classes": (file("labels.csv"), ["mine/labels.csv is unknown"]),
     "no pictures": (empty, ["mine has no pictures in directories 0 to 9, and no train-images-idx3-ubyte"]),

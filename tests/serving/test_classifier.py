@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import subprocess
@@ -249,6 +250,21 @@ def test_each_file_that_fails_gets_a_line_and_the_others_are_read(
         assert [answer["file"] for answer in json.loads(result.stdout)] == ["0.png", "2.gif"]
     else:
         assert [line.split(":")[0] for line in result.stdout.splitlines()] == ["0.png", "2.gif"]
+
+
+def test_only_regular_files_are_read(pictures: Path, trained_model: Path) -> None:
+    os.mkfifo(pictures / "pipe")
+    result = mnist_predict(trained_model, "pipe", "/dev/zero")
+    assert result.stderr.splitlines() == ["error: pipe: Not a regular file", "error: /dev/zero: Not a regular file"]
+    assert "cannot be read" in str(mnist_predict(pictures / "pipe", "0.png").exception)
+
+
+def test_a_name_of_two_lines_is_printed_in_one(known: Known, pictures: Path, trained_model: Path) -> None:
+    (pictures / "0.png").rename(pictures / "a\nb.png")
+    result = mnist_predict(trained_model, "a\nb.png", "c\r\x1b[2Jd")
+    assert result.stdout.startswith(rf"a\nb.png: {known.labels[0]} (")
+    assert result.stderr == "error: c\\r\\x1b[2Jd: No such file or directory\n"
+    assert json.loads(mnist_predict(trained_model, "--json", "a\nb.png").stdout)[0]["file"] == "a\nb.png"
 
 
 @pytest.mark.usefixtures("pictures")

@@ -286,6 +286,19 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + checked + struct.pack(">I", 1000) + b"IDAT"
 
 
+def icon_of(picture: Image.Image) -> bytes:
+    """Return an icon that claims 16×16 pixels and holds another picture."""
+    png = encoded(picture)
+    return struct.pack("<3H4B2H2I", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+
+
+def jpeg_of_scans(count: int) -> bytes:
+    """Return a JPEG whose last scan comes as many times."""
+    content = encoded(Image.new("L", (16, 16)), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    return content[:last] + count * content[last:-2] + content[-2:]
+
+
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
 REFUSED = {
     "empty": (b"", "no picture in a known format"),
@@ -296,6 +309,9 @@ REFUSED = {
     "too many pixels": (png_header(10_000, 5_001), "10,000×5,001 pixels: 1 to 50,000,000 are read"),
     "twice too many": (png_header(10_000, 10_000), "too large: up to 50,000,000 pixels are read"),
     "decompression bomb": (png_header(100_000, 100_000), "too large: up to 50,000,000 pixels are read"),
+    "a side too long": (png_header(1, 20_001), "1×20,001 pixels: sides of up to 20,000 are read"),
+    "an icon with a side too long": (icon_of(Image.new("L", (1, 20_001))), "sides of up to 20,000 are read"),
+    "a JPEG of many scans": (jpeg_of_scans(101), "more than 100 scans"),
     "header only": (png_header(28, 28), "damaged or incomplete"),
 }
 

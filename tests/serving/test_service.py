@@ -7,8 +7,11 @@ import re
 import shutil
 import signal
 import socket
+import struct
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -33,7 +36,7 @@ from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.serving.classifier import Classifier
 from mnist_pipeline.serving.preprocessing import open_image, to_mnist_image
-from mnist_pipeline.serving.service import LOOPBACK, MAX_BODY_BYTES, allowed_hosts, load_classifier
+from mnist_pipeline.serving.service import LOOPBACK, MAX_BODY_BYTES, MAX_CONNECTIONS, allowed_hosts, load_classifier
 from mnist_pipeline.tracking.registry import fetch_champion
 from mnist_pipeline.tracking.run import MODEL_TAG
 from mnist_pipeline.tracking.store import Store
@@ -99,11 +102,14 @@ def test_it_says_which_model_answers(client: httpx.Client, trained_model: Path, 
     assert client.post("/predict", content=three).json()["model"] == model
 
 
-def huge_png() -> bytes:
-    """Return a small PNG; its header announces billions of pixels."""
+def huge_png(width: int, height: int) -> bytes:
+    """Return a small PNG; its header announces this size."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, "PNG")
-    return buffer.getvalue().replace(b"IHDR\0\0\0\1\0\0\0\1", b"IHDR\0\0\xff\xff\0\0\xff\xff")
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    start = buffer.getvalue().index(b"IHDR")
+    content = buffer.getvalue()
+    return content[:start] + header + struct.pack(">I", zlib.crc32(header)) + content[start + 21 :]
 
 
 UNREADABLE = {
@@ -113,7 +119,8 @@ UNREADABLE = {
     "all ink": picture(np.full((28, 28), 255, np.uint8)),
     "truncated": picture(load_digits(DATA, "test").pixels[0].numpy())[:-200],
     "cut in its header": picture(np.zeros((28, 28), np.uint8))[:20],
-    "billions of pixels": huge_png(),
+    "billions of pixels": huge_png(65_535, 65_535),
+    "one column": huge_png(1, 50_000_000),
     "PostScript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
 }
 
@@ -139,6 +146,71 @@ def test_a_stream_is_refused_as_soon_as_it_is_too_large(client: httpx.Client) ->
             yield bytes(100_000)
 
     assert client.post("/predict", content=endless()).status_code == 413
+
+
+# Connections
+
+
+def connect(client: httpx.Client, sent: bytes = b"") -> socket.socket:
+    """Open a connection to the service and send something on it."""
+    connection = socket.create_connection((client.base_url.host, client.base_url.port or 80), timeout=10)
+    connection.sendall(sent)
+    return connection
+
+
+def is_closed(connection: socket.socket, within: float) -> bool:
+    """Return whether the service closes a connection within some seconds."""
+    connection.settimeout(within)
+    try:
+        while connection.recv(1000):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionError:
+        pass
+    return True
+
+
+UNFINISHED = {
+    "nothing": b"",
+    "half of the headers": b"GET / HTTP/1.1\r\nHost: local",
+    "half of a body": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nhalf",
+    "chunks without an end": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na",
+    "a body that nobody reads": b"POST /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\nhalf",
+    "half of a second request": b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\nGET /he",
+}
+
+
+@pytest.mark.parametrize("sent", UNFINISHED.values(), ids=UNFINISHED.keys())
+def test_a_request_that_does_not_come_to_its_end_is_cut_off(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr("mnist_pipeline.serving.service._MAX_SECONDS", 0.5)
+    with connect(client, sent) as connection:
+        assert not is_closed(connection, within=0.1)
+        assert is_closed(connection, within=4)  # before uvicorn closes a connection that was used
+
+
+def test_a_connection_may_last_as_long_as_its_requests_do_not(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch, three: bytes
+) -> None:
+    monkeypatch.setattr("mnist_pipeline.serving.service._MAX_SECONDS", 0.7)
+    clients = set()
+    with httpx.Client(base_url=client.base_url) as lasting:
+        for _ in range(4):
+            response = lasting.post("/predict", content=three)
+            clients.add(response.extensions["network_stream"].get_extra_info("client_addr"))
+            time.sleep(0.3)
+    assert len(clients) == 1
+
+
+@pytest.mark.parametrize("sent", UNFINISHED.values(), ids=UNFINISHED.keys())
+def test_idle_connections_make_room_for_others(client: httpx.Client, three: bytes, sent: bytes) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(client, sent)) for _ in range(100)]
+        with httpx.Client(base_url=client.base_url) as other:
+            assert other.post("/predict", content=three).status_code == 200
+        assert sum(is_closed(connection, within=0.01) for connection in idle) >= 100 - MAX_CONNECTIONS
 
 
 def test_a_body_of_exactly_the_limit_is_read(client: httpx.Client, three: bytes) -> None:
@@ -271,13 +343,16 @@ def test_the_command_serves_until_a_signal_ends_it(
 ) -> None:
     repository = Repository.create(tmp_path / "repository", fresh=True)
     digest = put_model(repository.root, trained_model)
-    process = repository.start("mnist", "serve", "--port", "0")
+    process = repository.start("sh", "-c", "ulimit -n 256; exec mnist serve --port 0")
     assert process.stdout is not None
     line = process.stdout.readline()
     address = re.search(r"http://\S+$", line)
     assert address, line + process.stdout.read()
     assert line == f"Serving {MODEL} (SHA-256 {digest[:12]}) at {address[0]}\n"
-    with httpx.Client() as kept_open:
+    with httpx.Client() as kept_open, ExitStack() as stack:
+        for _ in range(400):  # more than there are file descriptors
+            port = int(address[0].rpartition(":")[2])
+            stack.enter_context(socket.create_connection(("127.0.0.1", port)))
         assert kept_open.post(f"{address[0]}/predict", content=three).json()["model"]["sha256"] == digest
         process.send_signal(number)
         said, _ = process.communicate(timeout=20)

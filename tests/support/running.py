@@ -7,14 +7,14 @@ from threading import Thread
 
 import uvicorn
 
-from mnist_pipeline.serving.service import create_app, load_classifier, open_socket
+from mnist_pipeline.serving.service import configure, create_app, load_classifier, open_socket
 
 
 @contextmanager
 def running(model: Path) -> Iterator[str]:
     """Serve a model file inside the block; yields the address."""
     with open_socket("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(uvicorn.Config(create_app(*load_classifier(model)), log_level="warning"))
+        server = uvicorn.Server(configure(create_app(*load_classifier(model))))
         thread = Thread(target=server.run, args=([listening],))
         thread.start()
         try:

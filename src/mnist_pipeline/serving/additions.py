@@ -12,12 +12,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import write_bytes
+from mnist_pipeline.common.files import check_file, write_bytes
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import ADDED, RAW
 from mnist_pipeline.data.digits import CLASSES, FILES, SIDE, Digits, read_part
 from mnist_pipeline.data.training_set import check_additions, read_additions
-from mnist_pipeline.serving.preprocessing import name_in_errors, open_image, simplify_image, to_mnist_image
+from mnist_pipeline.serving.preprocessing import (
+    MAX_BYTES,
+    name_in_errors,
+    open_image,
+    simplify_image,
+    to_mnist_image,
+)
 
 _IMAGES, _LABELS = FILES[:2]  # an addition's files have the names of MNIST's training files
 
@@ -70,8 +76,9 @@ def read_labelled_digits(source: Path, normalize: bool) -> tuple[Digits, list[st
 
 def _read_picture(path: Path, normalize: bool) -> NDArray[np.uint8]:
     """Return the pixels (28, 28) of a grey picture of this size as they are; normalise any other picture."""
-    with name_in_errors(path), path.open("rb") as file:
-        picture = open_image(file)
+    with name_in_errors(path):
+        check_file(path, MAX_BYTES)
+        picture = open_image(path.read_bytes())
         simple = simplify_image(picture)
         if (simple.mode, simple.size) == ("L", (SIDE, SIDE)):
             return np.asarray(simple)

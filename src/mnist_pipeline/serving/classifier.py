@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.files import check_file
 from mnist_pipeline.data.digits import CLASSES, SIDE
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.serving.preprocessing import name_in_errors, open_image, to_mnist_image
+from mnist_pipeline.serving.preprocessing import MAX_BYTES, name_in_errors, open_image, to_mnist_image
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ def classify_files(files: Sequence[str], classifier: Classifier) -> Iterator[tup
     for file in files:
         name = click.format_filename(file)
         try:
-            with name_in_errors(name), click.open_file(file, "rb") as picture:
-                prediction = classifier.classify(to_mnist_image(open_image(cast("BinaryIO", picture))))
+            with name_in_errors(name):
+                if file != "-":
+                    check_file(Path(file), MAX_BYTES)
+                with click.open_file(file, "rb") as picture:
+                    prediction = classifier.classify(to_mnist_image(open_image(cast("BinaryIO", picture))))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

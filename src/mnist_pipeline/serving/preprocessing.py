@@ -14,7 +14,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.data.digits import SIDE
 
-MAX_PIXELS = 50_000_000  # larger pictures are not decoded
+MAX_BYTES = 200_000_000  # of a picture's file
+MAX_PIXELS = 50_000_000  # larger pictures are not decoded; Pillow holds each pixel in up to 4 bytes
+_MAX_SIDE = 20_000  # pixels: a picture of one column costs ten times as much memory for each pixel
+_MAX_SCANS = 100  # of a JPEG: it is decoded once for each of its scans, which may hold nothing
+# Not every format that Pillow reads: some are decoded in Python or hold other files, whose size nothing limits.
+_FORMATS = ("AVIF", "BMP", "EPS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 _BOX = 20  # pixels: a digit is scaled to fit a square of this side
 _FINE = 500  # pixels: the longer side of a picture is shrunk to this
 _COARSE = 100  # pixels or a little more: at this size noise and dust are averaged away
@@ -43,21 +48,24 @@ def open_image(source: BinaryIO | bytes) -> Image.Image:
     A large JPEG is decoded at a fraction of its size, but no smaller than `to_mnist_image` needs it.
 
     Raises:
-        UserError: it is not a picture, is damaged, or has more than MAX_PIXELS.
+        UserError: it is not a picture, is damaged or too large.
     """
+    content = source if isinstance(source, bytes) else source.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise UserError(f"the picture's file is too large: up to {MAX_BYTES:,} bytes are read")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = Image.open(io.BytesIO(content), formats=_FORMATS)
             if image.format == "EPS":
                 raise UserError("the picture is PostScript, a program that is not run: convert it to PNG")
-            if not 0 < image.width * image.height <= MAX_PIXELS:
-                raise UserError(
-                    f"the picture has {image.width:,}×{image.height:,} pixels: 1 to {MAX_PIXELS:,} are read"
-                )
+            _check_size(*image.size)
+            if image.format == "JPEG" and content.count(b"\xff\xda") > _MAX_SCANS:
+                raise UserError(f"the picture has more than {_MAX_SCANS} scans: save it as a baseline JPEG or as PNG")
             image.draft(None, (_FINE, _FINE))
             image.load()
+            _check_size(*image.im.size)  # an icon's picture may be larger than the icon says
             ImageOps.exif_transpose(image, in_place=True)
         except UserError:
             raise
@@ -69,6 +77,14 @@ def open_image(source: BinaryIO | bytes) -> Image.Image:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"the picture is damaged or incomplete: it cannot be decoded ({reason})") from None
     return image
+
+
+def _check_size(width: int, height: int) -> None:
+    """Raise a UserError if a picture of these sides is not to be decoded."""
+    if not 0 < width * height <= MAX_PIXELS:
+        raise UserError(f"the picture has {width:,}×{height:,} pixels: 1 to {MAX_PIXELS:,} are read")
+    if max(width, height) > _MAX_SIDE:
+        raise UserError(f"the picture has {width:,}×{height:,} pixels: sides of up to {_MAX_SIDE:,} are read")
 
 
 def to_mnist_image(image: Image.Image) -> NDArray[np.uint8]:

@@ -1,8 +1,10 @@
 """The web service: a page to draw a digit on, and the API behind it, which reads the digit in an image."""
 
+import asyncio
 import base64
 import hashlib
 import io
+import logging
 import re
 import socket
 import sys
@@ -25,8 +27,9 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.common.errors import UserError, printable
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import CLASSES, SIDE
@@ -37,6 +40,8 @@ from mnist_pipeline.serving.preprocessing import open_image, to_mnist_image
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 MAX_BODY_BYTES = 5_000_000
 _DECODERS = 2  # images decoded at a time; the others wait, still encoded
+_MAX_SECONDS = 30.0  # for a request to arrive and to be answered
+MAX_CONNECTIONS = 64  # each needs a file descriptor, and may hold a body in memory
 _FORMATS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"]
 _Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -105,7 +110,7 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
         summary="Read the digit in an image",
         openapi_extra={
             "requestBody": {
-                "description": f"The image itself, at most {MAX_BODY_BYTES:,} bytes in any format that Pillow opens",
+                "description": f"The image itself, at most {MAX_BODY_BYTES:,} bytes in a usual format",
                 "required": True,
                 "content": {name: {"schema": {"type": "string", "format": "binary"}} for name in _FORMATS},
             }
@@ -147,6 +152,54 @@ async def _read_body(request: Request) -> bytes:
     if not body:
         raise UserError("the request has no body: send an image as its body")
     return bytes(body)
+
+
+class _Connection(H11Protocol):
+    """A connection that ends when a request takes too long, or to make room while its request is not yet here.
+
+    Uvicorn itself waits without limit for the first request, for its headers and for its body.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline = self.loop.call_later(_MAX_SECONDS, transport.abort)
+        if len(self.connections) > MAX_CONNECTIONS:
+            waiting = [other for other in self.connections if isinstance(other, _Connection) and other._is_waiting()]
+            min(waiting, key=lambda other: other._deadline.when()).transport.abort()
+
+    def _is_waiting(self) -> bool:
+        """Return whether the connection is open, and its client has yet to send all of a request."""
+        sent = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
+        return not sent and not self.transport.is_closing()
+
+    def on_response_complete(self) -> None:
+        self._deadline.cancel()
+        self._deadline = self.loop.call_later(_MAX_SECONDS, self.transport.abort)
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+
+def configure(app: FastAPI) -> uvicorn.Config:
+    """Return how to serve the app: connections and the time for a request are limited, and it logs only errors."""
+    logging.getLogger("asyncio").addFilter(_is_no_overload)
+    return uvicorn.Config(
+        app,
+        http=_Connection,
+        ws="none",
+        loop="asyncio",
+        backlog=MAX_CONNECTIONS,  # asyncio accepts as many at once, before any is closed
+        log_level="error",
+        access_log=False,
+        timeout_graceful_shutdown=5,
+    )
+
+
+def _is_no_overload(record: logging.LogRecord) -> bool:
+    """Leave out what asyncio logs, with a traceback for each, when there is no file descriptor for a connection."""
+    return not record.getMessage().startswith("socket.accept() out of system resource")
 
 
 def _encode_png(pixels: NDArray[np.uint8]) -> str:
@@ -205,9 +258,8 @@ def run_service(host: str, port: int, path: Path | None) -> None:
         classifier.classify(np.zeros((SIDE, SIDE), np.uint8))  # the first call is slow
         app = create_app(classifier, model, allowed_hosts(host))
         address = f"http://{_in_url(host)}:{listening.getsockname()[1]}"
-        print(f"Serving {model.source} (SHA-256 {model.sha256[:12]}) at {address}", flush=True)
-        config = uvicorn.Config(app, log_level="error", access_log=False, timeout_graceful_shutdown=5)
-        uvicorn.Server(config).run([listening])
+        print(f"Serving {printable(model.source)} (SHA-256 {model.sha256[:12]}) at {address}", flush=True)
+        uvicorn.Server(configure(app)).run([listening])
 
 
 def open_socket(host: str, port: int) -> socket.socket:
