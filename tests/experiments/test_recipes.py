@@ -1,5 +1,6 @@
 """Recipes: they fit the params, and DVC runs them as experiments."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from support import ROOT
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import load_params
-from mnist_pipeline.experiments.recipes import find_recipe
+from mnist_pipeline.experiments.recipes import find_recipe, run_experiment
 from mnist_pipeline.model.network import Net, count_parameters
 
 RECIPES = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
@@ -76,3 +77,14 @@ def test_params_in_the_environment_override_the_recipe(arguments_of_dvc: Path) -
     CliRunner().invoke(mnist, ["experiment", "specification"], env=variables)
     params = ["--set-param=seed=4", "--set-param=train.epochs=1"]
     assert arguments_of_dvc.read_text().splitlines() == ["exp", "run", "--name", "specification", *params]
+
+
+@pytest.mark.parametrize("name", ["issue #1", "Zoë", "what?", "a%41"])
+def test_an_experiment_in_a_copy_is_refused_below_a_directory_in_which_dvc_loses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    shutil.copytree(ROOT / "experiments", tmp_path / name / "experiments")
+    shutil.copy(ROOT / "params.yaml", tmp_path / name)
+    monkeypatch.chdir(tmp_path / name)
+    with pytest.raises(UserError, match="leave out the option, or rename the directory"):
+        run_experiment("fast", ["--temp"])

@@ -1,6 +1,7 @@
 """Recipes: files in experiments/ that override some of `params.yaml`, and how `mnist experiment` runs one."""
 
 import json
+import re
 import subprocess
 import textwrap
 from collections.abc import Sequence
@@ -37,10 +38,21 @@ def run_experiment(name: str, arguments: Sequence[str]) -> int:
     """
     overlay = find_recipe(name)
     load_params(overlay=overlay)
-    if {"--temp", "--queue"} & set(arguments) and run_git("rev-parse", "--is-shallow-repository").strip() == "true":
-        raise UserError(
-            "DVC loses an experiment with --temp or --queue in a shallow clone: first `git fetch --unshallow`"
-        )
+    if {"--temp", "--queue"} & set(arguments):
+        _check_copies()
     values = flatten(read_sections(overlay)) if overlay else {}
     settings = [f"--set-param={key}={json.dumps(value, default=str)}" for key, value in values.items()]
     return subprocess.run(["dvc", "exp", "run", "--name", name, *settings, *arguments], check=False).returncode
+
+
+def _check_copies() -> None:
+    """Check that DVC can run an experiment in a copy of the repository."""
+    if run_git("rev-parse", "--is-shallow-repository").strip() == "true":
+        raise UserError(
+            "DVC loses an experiment with --temp or --queue in a shallow clone: first `git fetch --unshallow`"
+        )
+    if odd := re.search("[^ -~]|[#?]|%[0-9A-Fa-f]{2}", str(Path.cwd())):
+        raise UserError(
+            f"DVC loses an experiment with --temp or --queue below a directory with {odd[0]} in its name: "
+            "leave out the option, or rename the directory"
+        )
