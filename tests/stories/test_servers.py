@@ -1,5 +1,6 @@
 """The tracking through a real `mlflow server`, and with one that is down, dies, hangs or answers with errors."""
 
+import http.client
 import json
 import os
 import platform
@@ -13,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,6 +37,8 @@ from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.model.network import Net
+from mnist_pipeline.tracking import client
+from mnist_pipeline.tracking.client import SECONDS
 from mnist_pipeline.tracking.progress import TrainingLog
 from mnist_pipeline.tracking.store import Store
 from mnist_pipeline.tracking.training_run import training_run
@@ -47,6 +50,7 @@ OUTPUTS |= {f"reports/{name}" for name in REPORTS if name != "figures"}
 STAGES = ("train", "evaluate", "report")
 STORES = {"mlflow.db", "mlflow.db.lock", "mlartifacts", "mlruns"}  # what no stage makes beside a server
 STALL = 30  # seconds that a server may cost at most
+SECRET = "s3cr3tword"
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +264,8 @@ class Tracked:
 @pytest.fixture(scope="module")
 def tracked(trained: Repository, tmp_path_factory: pytest.TempPathFactory, server: Server, mended: Mended) -> Tracked:
     """Run the stages after `mended`, whose backfill would find this very model on the server."""
-    repository = at_server(trained, tmp_path_factory.mktemp("tracked"), server.uri)
+    uri = server.uri.replace("://", f"://me:{SECRET}@")
+    repository = at_server(trained, tmp_path_factory.mktemp("tracked"), uri)
     return Tracked(repository, {stage: run_stage(repository, stage) for stage in STAGES})
 
 
@@ -287,6 +292,15 @@ def test_the_server_gives_the_model_out(tracked: Tracked, params: Params, mlflow
     for uri in (f"models:/{model.model_id}", f"runs:/{tracked.run.info.run_id}/model"):
         predicted = mlflow.pyfunc.load_model(uri).predict(images[:7].numpy())
         assert torch.allclose(torch.as_tensor(predicted), expected, atol=1e-5), uri
+
+
+def test_the_password_of_the_address_is_shown_and_kept_nowhere(tracked: Tracked, server: Server) -> None:
+    assert SECRET not in "".join(stage.stdout for stage in tracked.stages.values())
+    for root in (server.directory, tracked.repository.root):
+        kept = [path for path in root.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+        assert kept == []
+    tags = tracked.run.data.tags | tracked.run.data.params
+    assert [name for name, value in tags.items() if SECRET in value] == []
 
 
 def test_no_store_is_made_beside_the_server(tracked: Tracked, mended: Mended) -> None:
@@ -398,17 +412,15 @@ def test_a_server_that_hangs_half_way_costs_a_training_seconds(
 
 
 @contextmanager
-def answering(status: int, **headers: str) -> Iterator[int]:
-    """Answer every request with an error."""
+def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[int]:
+    """Answer every request in the same way."""
 
     class Handler(BaseHTTPRequestHandler):
-        def answer(self) -> None:
-            self.send_response(status)
-            for name, value in {"Content-Length": "0", **headers}.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.end_headers()
+        def handle_request(self) -> None:
+            with suppress(ConnectionError):  # nobody waits for the answer any more
+                answer(self)
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815 (the base class's names)
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = handle_request  # noqa: N815 (the base class's names)
 
         def log_message(self, *arguments: object) -> None:
             pass
@@ -419,6 +431,47 @@ def answering(status: int, **headers: str) -> Iterator[int]:
             yield stub.server_port
         finally:
             stub.shutdown()
+
+
+def with_an_error(status: int, **headers: str) -> Callable[[BaseHTTPRequestHandler], None]:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            request.send_header(name.replace("_", "-"), value)
+        request.end_headers()
+
+    return answer
+
+
+def byte_by_byte(before: bytes) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Begin an answer with these bytes, and go on with one byte at a time for ever."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(before)
+        while True:
+            request.wfile.write(b"x")
+            time.sleep(0.3)
+
+    return answer
+
+
+def late(server: Server, seconds: float) -> Callable[[BaseHTTPRequestHandler], None]:
+    """Answer as a server does, but that much later."""
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
+        headers = {name: value for name, value in request.headers.items() if name != "Host"}
+        time.sleep(seconds)
+        with closing(http.client.HTTPConnection("127.0.0.1", server.port)) as connection:
+            connection.request(request.command, request.path, body, headers)
+            response = connection.getresponse()
+            content = response.read()
+        request.send_response(response.status)
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
+
+    return answer
 
 
 @contextmanager
@@ -446,8 +499,38 @@ def check_untracked_training(trained: Repository, root: Path, port: int) -> None
 def test_a_server_that_answers_with_errors_costs_a_training_a_warning_and_seconds(
     trained: Repository, tmp_path: Path, status: int, headers: dict[str, str]
 ) -> None:
-    with answering(status, **headers) as port:
+    with answering(with_an_error(status, **headers)) as port:
         check_untracked_training(trained, tmp_path, port)
+
+
+DRIPPING = {"its header": b"HTTP/1.0 200 OK\r\nX-Long: ", "its content": b"HTTP/1.0 200 OK\r\n\r\n"}
+
+
+@pytest.mark.parametrize("begin", DRIPPING.values(), ids=DRIPPING)
+@pytest.mark.parametrize("seconds", [2, pytest.param(SECONDS, marks=pytest.mark.thorough)])
+def test_a_server_that_sends_byte_by_byte_costs_a_training_a_warning_and_seconds(
+    trained: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bytes, seconds: int
+) -> None:
+    monkeypatch.setattr(client, "SECONDS", seconds)
+    with answering(byte_by_byte(begin)) as port:
+        check_untracked_training(trained, tmp_path, port)
+
+
+@pytest.mark.thorough
+def test_a_server_whose_answers_are_late_costs_a_training_as_much_and_the_backfill_waits_for_it(
+    trained: Repository, tmp_path: Path, sqlite: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "SECONDS", 3)
+    with answering(late(sqlite, 0.2)) as port:
+        repository = at_server(trained, tmp_path, f"http://127.0.0.1:{port}")
+        training = run_stage(repository, "train", DVC_EXP_NAME="late")
+        [warning] = warnings(training.stdout)
+        assert "(it took more than 3 seconds), so this training" in warning
+        backfill = run_backfill(repository, DVC_EXP_NAME="late")
+        assert backfill.returncode == 0, backfill.stdout
+        [run] = runs(repository)
+        check_training(repository, run)
+        check_later_stages(repository, run)
 
 
 @pytest.mark.thorough
