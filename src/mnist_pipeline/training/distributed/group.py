@@ -7,6 +7,7 @@ Source: PyTorch's documentation of DistributedDataParallel.
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, cast
@@ -120,6 +121,8 @@ class SharedModel(nn.Module):
             elif isinstance(layer, Dropout):
                 self.dropouts.append(SharedDropout(layer, group))
                 replica.set_submodule(name, self.dropouts[-1])
+        # The gradients of weights for one channel have other strides, which say the same: that dimension's size is 1.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Every process computes the buffers itself.
         self.replica = DistributedDataParallel(replica.train(), broadcast_buffers=False)
 
