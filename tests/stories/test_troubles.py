@@ -8,6 +8,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from mlflow.entities import Run
+from support import ROOT
 from support.in_process import run_stage
 from support.repository import Repository
 
@@ -67,6 +69,34 @@ def test_a_clone_has_the_same_bytes_whatever_git_does_with_line_endings(
     changed = [file for file in files if (clone / file).read_bytes() != (trained.root / file).read_bytes()]
     assert changed == []
     assert Repository(clone).run("git", "status", "--porcelain").stdout == ""
+
+
+# Terminals that cannot show everything, and none
+
+ANNOUNCE = """
+import sys
+from mnist_pipeline.common.errors import run
+run(lambda: (print("Zoë →"), sys.stderr.isatty()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("latin-1", b"Zo\xeb"), ("ascii", b"Zo\\xeb"), ("utf-8", "Zoë".encode())], ids=str
+)
+def test_a_character_that_the_terminal_lacks_ends_no_training(encoding: str, said: bytes) -> None:
+    variables = os.environ | {"PYTHONPATH": "src", "PYTHONIOENCODING": encoding}
+    ended = subprocess.run([sys.executable, "-c", ANNOUNCE], cwd=ROOT, env=variables, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert said in ended.stdout
+    assert ("→".encode() if encoding == "utf-8" else b"\\u2192") in ended.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_closed_output_ends_no_training(closed: str) -> None:
+    command = f'exec "$0" -c "$1" {closed}'
+    variables = os.environ | {"PYTHONPATH": "src"}
+    ended = subprocess.run(["sh", "-c", command, sys.executable, ANNOUNCE], cwd=ROOT, env=variables, check=False)
+    assert ended.returncode == 0
 
 
 # Without git, as from a source archive

@@ -1,5 +1,7 @@
 """The error for a user's mistake, and how a program ends after one."""
 
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,11 +19,21 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def accept_any_output() -> None:
+    """Let no output end the program: escape what the terminal's encoding lacks, drop what has no stream to go to."""
+    for name in ("stdout", "stderr"):
+        if (stream := getattr(sys, name)) is None:  # closed by who started the program
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (it stays open)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a program's `main`. A UserError or OSError ends it with one line and exit code 1, without a traceback.
 
     SIGTERM interrupts it like Ctrl-C.
     """
+    accept_any_output()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()

@@ -137,6 +137,7 @@ def _run_stage(stage: str, name: str, copy: Path, variables: Mapping[str, str], 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        errors="backslashreplace",
         process_group=0,  # Ctrl-C must not reach it: this process stops it
         pass_fds=[lock.fileno()],
     )
