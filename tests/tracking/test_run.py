@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import shutil
+import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +21,8 @@ import torch
 from mlflow.entities import Run
 from support import DATA, ROOT
 from support.repository import Repository
-from support.stores import EPOCHS, EVALUATE, PARAMS, TESTED, TRAIN, artifacts, files_in, isolated_tracking, store  # noqa: F401 (a fixture)
+from support.stores import EPOCHS, EVALUATE, PARAMS, TESTED, TRAIN, artifacts, files_in, isolated_tracking, points
+from support.stores import store  # noqa: F401 (a fixture)
 from support.working_tree import git
 
 from mnist_pipeline.common.files import sha256, write_csv, write_json, write_text
@@ -222,12 +225,49 @@ def test_the_logged_model_belongs_to_the_run(scenario: Scenario) -> None:
     assert logged.name == "model"
 
 
-def test_the_logged_model_contains_no_pickle(scenario: Scenario) -> None:
+def contents(name: str, content: bytes) -> Iterator[tuple[str, bytes]]:
+    """Find a file's content, and the files in it, if it is a zip archive, and in those."""
+    yield name, content
+    if zipfile.is_zipfile(archive := io.BytesIO(content)):
+        with zipfile.ZipFile(archive) as opened:
+            for member in opened.namelist():
+                yield from contents(f"{name}/{member}", opened.read(member))
+
+
+def test_the_logged_model_contains_no_pickle_and_no_path_of_this_machine(scenario: Scenario) -> None:
     files = [file for file in scenario.logged_model.rglob("*") if file.is_file()]
-    members = [name for file in files if zipfile.is_zipfile(file) for name in zipfile.ZipFile(file).namelist()]
-    assert any("weight" in name for name in members)
-    assert [name for name in members if name.endswith((".pkl", ".pickle"))] == []
-    assert [file for file in files if file.read_bytes().startswith(b"\x80")] == []  # how each pickle begins
+    found = dict(pair for file in files for pair in contents(file.name, file.read_bytes()))
+    assert any("weight" in name for name in found)
+    assert [name for name in found if name.endswith((".pkl", ".pickle"))] == []
+    assert [name for name, content in found.items() if content.startswith(b"\x80")] == []  # how each pickle begins
+    places = [
+        str(ROOT),
+        str(scenario.store.root),
+        str(scenario.copy),
+        sys.prefix,
+        sys.base_prefix,
+        tempfile.gettempdir(),
+    ]
+    assert [name for name, content in found.items() if any(place.encode() in content for place in places)] == []
+
+
+def test_the_logged_model_has_the_last_metrics_on_the_images_they_were_measured_on(scenario: Scenario) -> None:
+    experiments = [scenario.run.info.experiment_id]
+    [logged] = scenario.store.client.search_logged_models(experiments, "metrics.test_accuracy > 0.98")
+    assert scenario.store.client.search_logged_models(experiments, "metrics.test_accuracy > 0.99") == []
+    values = {metric.key: (metric.value, metric.dataset_name, metric.dataset_digest) for metric in logged.metrics}
+    assert len(values) == len(logged.metrics)
+    assert {name: value for name, (value, _, _) in values.items()} == scenario.run.data.metrics
+    for use in ("train", "monitor", "test"):
+        dataset = (f"mnist-{use}", scenario.parts[use].sha256()[:36])
+        assert {on for name, (_, *on) in values.items() if name.startswith(f"{use}_") if tuple(on) != dataset} == set()
+    assert values["learning_rate"][1:] == values["parameters"][1:] == (None, None)
+
+
+def test_a_metric_of_the_model_is_no_second_point_in_the_runs_history(scenario: Scenario) -> None:
+    counts = points(scenario.store, scenario.run)
+    assert {name for name, count in counts.items() if count > 1} == set(EPOCHS[0].row()) - {"epoch"} | {"epoch_seconds"}
+    assert set(counts.values()) == {1, len(EPOCHS)}
 
 
 def test_a_run_is_named_for_its_commit(scenario: Scenario) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+from click.testing import CliRunner
 from mlflow import MlflowClient
+from mlflow.cli import cli as mlflow_command
 from support.repository import Repository, empty_database
 from support.stores import TRAIN, isolated_tracking, store  # noqa: F401 (a fixture)
 
@@ -146,6 +149,20 @@ def test_finished_runs_are_flat_and_oldest_first() -> None:
         {"params.seed": "0", "metrics.train_loss": loss} for loss in (0.5, 0.25)
     ]
     assert finished_runs("params.seed = '1'") == []
+
+
+def test_a_deleted_experiment_is_brought_back_by_the_command_that_the_error_names(
+    store: Repository, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Store().begin_run(TRAIN)
+    store.client.delete_experiment(Store().experiment_id)
+    deleted = r"the experiment mnist was deleted: `(mlflow [^`]+)` brings it back"
+    with pytest.raises(StoreError, match=deleted) as failed, store_errors():
+        Store()
+    command = shlex.split(str(failed.value).split("`")[1])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert CliRunner().invoke(mlflow_command, command[1:]).exit_code == 0
+    assert Store().client.get_run(run.id).data.tags["stage"] == "train"
 
 
 def test_a_failure_of_the_store_is_one_line_of_warning(

@@ -1,20 +1,28 @@
 """The run of a training under way: how it ends, how it continues, and what happens when the store fails."""
 
 import contextlib
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 from support.repository import Repository
 from support.stores import EPOCHS, PARAMS, TRAIN, points, store  # noqa: F401 (a fixture)
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.paths import MODEL
+from mnist_pipeline.common.files import write_text
+from mnist_pipeline.common.paths import HISTORY, MODEL
 from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.model.network import Net
+from mnist_pipeline.tracking import run
+from mnist_pipeline.tracking.run import MODEL_TAG
+from mnist_pipeline.tracking.store import Store
 from mnist_pipeline.tracking.training_run import TrainingRun, training_run
 
 
@@ -47,6 +55,90 @@ def test_an_interrupted_run_continues_with_the_epochs_that_it_lacks(store: Repos
     assert run.info.status == "FINISHED"
     assert store.steps(run) == [1, 2]
     assert set(points(store, run).items()) >= {("monitor_loss", 2), ("learning_rate", 2), ("parameters", 1)}
+
+
+def test_a_run_killed_in_its_first_epoch_is_taken_up_again(store: Repository) -> None:
+    """There is no checkpoint yet, and so nothing but the fingerprint that tells of the run."""
+    with track() as killed:
+        killed.tracked = None  # nobody closes it
+        [begun] = store.runs()
+        assert begun.info.status == "RUNNING"
+    with track() as again:
+        assert again.id == begun.info.run_id
+    [run] = store.runs()
+    assert run.info.status == "FINISHED"
+    assert points(store, run)["parameters"] == 1
+
+
+def test_epochs_are_not_logged_twice_if_the_checkpoint_is_lost(store: Repository) -> None:
+    with contextlib.suppress(KeyboardInterrupt), track() as first:
+        first.log_epoch(EPOCHS[0])
+        raise KeyboardInterrupt
+    with track() as second:
+        for result in EPOCHS:
+            second.log_epoch(result)
+    [run] = store.runs()
+    assert store.steps(run) == store.steps(run, "epoch_seconds") == [1, 2]
+
+
+def test_a_training_closes_the_runs_that_killed_ones_of_its_workspace_left(store: Repository) -> None:
+    """Runs of experiments and of other workspaces stay as they are: their trainings may go on beside this one."""
+    for name, variables in {
+        "dead": {},
+        "experiment": {"DVC_EXP_NAME": "trial"},
+        "study": {"MNIST_PARENT_RUN": "0"},
+    }.items():
+        with mock.patch.dict(os.environ, variables):
+            Store().begin_run(replace(TRAIN, command=name))
+    elsewhere = Store().begin_run(replace(TRAIN, command="elsewhere"))
+    elsewhere.log(tags={"workspace": "another machine:/repository"})
+    whole = Store().begin_run(replace(TRAIN, command="whole"))
+    whole.log(tags={MODEL_TAG: "0" * 64})  # the store failed to close it
+    with track():
+        pass
+    statuses = {run.data.tags["command"]: run.info.status for run in store.runs()}
+    assert statuses == {
+        **{"dead": "KILLED", "experiment": "RUNNING", "study": "RUNNING", "elsewhere": "RUNNING", "whole": "FINISHED"},
+        TRAIN.command: "FINISHED",
+    }
+
+
+def log_model(root: Path, interrupt: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log a made-up model; with `interrupt`, be killed after that request."""
+    write_text(root / HISTORY, "made up")
+    write_text(root / MODEL, "made up")
+    monkeypatch.setattr(run, "_save_model", lambda model, directory, *_: write_text(directory / "MLmodel", "made up"))
+    request = getattr(MlflowClient, interrupt) if interrupt else None
+
+    def die(*arguments: object, **options: object) -> None:
+        assert request
+        request(*arguments, **options)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, track(EPOCHS) as tracked:
+        if interrupt:
+            patch.setattr(MlflowClient, interrupt, die)
+        with contextlib.suppress(SystemExit):
+            tracked.log_model(Net(PARAMS.model), MODEL, torch.zeros(2, 1, 28, 28))
+        if interrupt:
+            tracked.tracked = None
+
+
+@pytest.mark.parametrize(
+    "interrupt", ["create_logged_model", "log_model_artifact", "finalize_logged_model", "log_outputs"]
+)
+def test_a_training_killed_while_it_logs_its_model_has_one_model_in_the_end(
+    store: Repository, interrupt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_model(store.root, interrupt, monkeypatch)
+    log_model(store.root, None, monkeypatch)
+    [found] = store.runs()
+    [logged] = store.client.search_logged_models([found.info.experiment_id])
+    assert logged.status == LoggedModelStatus.READY
+    assert [output.model_id for output in found.outputs.model_outputs] == [logged.model_id]
+    assert found.info.status == "FINISHED"
+    assert MODEL_TAG in found.data.tags
+    assert set(points(store, found).values()) == {1, 2}
 
 
 @pytest.mark.parametrize("fate", ["lost", "deleted"])
