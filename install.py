@@ -203,7 +203,7 @@ def _in_one_line(said: list[str]) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except SetupError as error:
+    except (SetupError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         print("\ninterrupted: make setup goes on from there", file=sys.stderr)
