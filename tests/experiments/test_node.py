@@ -41,7 +41,9 @@ def test_a_machine_with_other_code_or_another_lock_file_is_refused(file: str, di
 
 def test_a_machine_that_does_not_reach_mlflow_says_so_without_the_password() -> None:
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
-    with pytest.raises(UserError, match=r"^node 1 does not reach MLflow at http://127\.0\.0\.1:\d+ \(.*refused\)") as error:
+    with pytest.raises(
+        UserError, match=r"^node 1 does not reach MLflow at http://127\.0\.0\.1:\d+ \(.*refused\)"
+    ) as error:
         prepare_node("node 1", identify_repository(), identify_images(), uri)
     assert "secret" not in str(error.value)
 

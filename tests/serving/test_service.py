@@ -11,6 +11,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from html.parser import HTMLParser
 from pathlib import Path
@@ -211,6 +212,22 @@ def test_idle_connections_make_room_for_others(client: httpx.Client, three: byte
         with httpx.Client(base_url=client.base_url) as other:
             assert other.post("/predict", content=three).status_code == 200
         assert sum(is_closed(connection, within=0.01) for connection in idle) >= 100 - MAX_CONNECTIONS
+
+
+SLOW = {
+    "many pixels": picture(np.zeros((28, 28), np.uint8), side=7000),
+    "pixels as text": b"P3\n700 700\n255\n" + 700 * 700 * 3 * b"7 ",
+}
+
+
+@pytest.mark.parametrize("slow", SLOW.values(), ids=SLOW.keys())
+def test_slow_images_do_not_keep_others_waiting(client: httpx.Client, three: bytes, slow: bytes) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        answers = [pool.submit(client.post, "/predict", content=slow) for _ in range(4)]
+        time.sleep(0.1)
+        assert client.post("/predict", content=three).status_code == 200
+        assert not all(answer.done() for answer in answers)
+        assert {answer.result().status_code for answer in answers} == {422}  # they are blank
 
 
 def test_a_body_of_exactly_the_limit_is_read(client: httpx.Client, three: bytes) -> None:

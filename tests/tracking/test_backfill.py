@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
-import mlflow
 import pytest
 from mlflow.entities import Run
 from support import DATA
@@ -34,6 +33,7 @@ from mnist_pipeline.common.paths import (
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.model_file import save_model
 from mnist_pipeline.model.network import build_model
+from mnist_pipeline.tracking import run
 from mnist_pipeline.tracking.backfill import add_stages, backfill_run, missing_stages
 from mnist_pipeline.tracking.provenance import trace
 from mnist_pipeline.tracking.store import Store
@@ -144,6 +144,11 @@ def test_the_run_has_the_test_metrics_and_the_parameter_count(story: Story) -> N
     assert found == flatten(TESTED)
 
 
+def test_the_model_has_the_metrics_of_the_last_epoch_and_of_the_test(story: Story) -> None:
+    [logged] = story.store.client.search_logged_models([story.run.info.experiment_id], "metrics.test_accuracy > 0.98")
+    assert {metric.key: metric.value for metric in logged.metrics} == story.run.data.metrics
+
+
 def test_the_run_has_every_output_and_its_provenance(story: Story, pipeline: Path) -> None:
     assert files_in(artifacts(story.run)) == OUTPUTS | {f"provenance/{stage}.json" for stage in STAGES}
     for output in OUTPUTS:
@@ -162,7 +167,7 @@ def test_the_run_names_the_images_that_the_training_used(story: Story) -> None:
 @pytest.fixture
 def store(pipeline: Path, tmp_path: Path) -> Iterator[Repository]:
     with working_in(pipeline, tmp_path, status=0) as patch:
-        patch.setattr(mlflow.models.Model, "log", lambda **_: None)
+        patch.setattr(run, "_save_model", lambda model, directory, *_: write_text(directory / "MLmodel", "made up"))
         yield Repository(tmp_path)
 
 

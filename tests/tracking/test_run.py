@@ -21,8 +21,18 @@ import torch
 from mlflow.entities import Run
 from support import DATA, ROOT
 from support.repository import Repository
-from support.stores import EPOCHS, EVALUATE, PARAMS, TESTED, TRAIN, artifacts, files_in, isolated_tracking, points
-from support.stores import store  # noqa: F401 (a fixture)
+from support.stores import (
+    EPOCHS,
+    EVALUATE,
+    PARAMS,
+    TESTED,
+    TRAIN,
+    artifacts,
+    files_in,
+    isolated_tracking,
+    points,
+    store,  # noqa: F401 (a fixture)
+)
 from support.working_tree import git
 
 from mnist_pipeline.common.files import sha256, write_csv, write_json, write_text

@@ -1,6 +1,7 @@
 """An interrupted training goes on where it was and ends as if nothing had happened."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import DATA
+from support.in_process import run_stage
 from support.repository import Repository, after_an_epoch
 
 from mnist_pipeline.common.params import Params, TrainParams
@@ -146,6 +148,57 @@ def test_a_training_that_is_killed_ends_with_the_same_bytes_in_one_run(
     [run] = repository.runs()
     assert run.info.status == "FINISHED"
     assert repository.steps(run, "monitor_loss") == list(range(1, 9))
+
+
+@pytest.mark.pipeline
+def test_under_dvc_the_checkpoint_stays_until_dvc_has_the_model(tmp_path: Path) -> None:
+    """A stage that is run again goes on from it, in the same run; evaluate runs when DVC has the outputs of train."""
+    repository = Repository.create_with_data(tmp_path)
+    under_dvc = {"DVC_ROOT": str(tmp_path)}
+    assert run_stage(repository, "train", **under_dvc).returncode == 0
+    first = outputs(repository)
+    for path in tmp_path.glob("models/*.safetensors"):
+        path.unlink()  # as DVC does before it runs a stage again
+    again = run_stage(repository, "train", **under_dvc)
+    assert again.returncode == 0, again.stdout
+    assert "Going on after epoch 2" in again.stdout
+    assert outputs(repository) == first
+    [run] = repository.runs()
+    assert (run.info.status, repository.steps(run)) == ("FINISHED", [1, 2])
+    assert len(repository.client.search_logged_models([run.info.experiment_id])) == 1
+    assert run_stage(repository, "evaluate", **under_dvc).returncode == 0
+    assert list(tmp_path.glob(".checkpoints/*")) == []
+
+
+DIE_AFTER_TRAINING = """
+import os, signal
+from dvc.cli import main
+from dvc.stage import Stage
+Stage.save = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+main(["repro"])
+"""
+
+
+@pytest.mark.pipeline
+@pytest.mark.thorough
+def test_if_dvc_is_killed_while_it_takes_the_model_the_training_is_one_run_of_all_its_epochs(
+    trained: Repository, tmp_path: Path
+) -> None:
+    repository = trained.copy(tmp_path / "repository")
+    repository.set_param("epochs", 3)
+    before = len(repository.runs())
+    killed = repository.run(sys.executable, "-c", DIE_AFTER_TRAINING)
+    assert killed.returncode == -signal.SIGKILL, killed.stdout
+    again = repository.dvc("repro")
+    assert again.returncode == 0, again.stdout
+    assert "Going on after epoch 3" in again.stdout
+    run, *others = repository.runs()
+    assert len(others) == before
+    assert (run.info.status, repository.steps(run)) == ("FINISHED", [1, 2, 3])
+    assert len(run.outputs.model_outputs) == 1
+    assert run.data.tags["report.backfilled"] == "false"
+    assert list(repository.root.glob(".checkpoints/*")) == []
+    assert not re.search(r"(?m)^\?\?", repository.run("git", "status", "--porcelain").stdout)
 
 
 @pytest.mark.pipeline

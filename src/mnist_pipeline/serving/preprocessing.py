@@ -19,7 +19,9 @@ MAX_PIXELS = 50_000_000  # larger pictures are not decoded; Pillow holds each pi
 _MAX_SIDE = 20_000  # pixels: a picture of one column costs ten times as much memory for each pixel
 _MAX_SCANS = 100  # of a JPEG: it is decoded once for each of its scans, which may hold nothing
 # Not every format that Pillow reads: some are decoded in Python or hold other files, whose size nothing limits.
-_FORMATS = ("AVIF", "BMP", "EPS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+_WANTED = ("AVIF", "BMP", "EPS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+Image.init()
+PICTURE_FORMATS = [name for name in _WANTED if name in Image.OPEN]
 _BOX = 20  # pixels: a digit is scaled to fit a square of this side
 _FINE = 500  # pixels: the longer side of a picture is shrunk to this
 _COARSE = 100  # pixels or a little more: at this size noise and dust are averaged away
@@ -57,7 +59,7 @@ def open_image(source: BinaryIO | bytes) -> Image.Image:
         warnings.simplefilter("ignore")  # odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(content), formats=_FORMATS)
+            image = Image.open(io.BytesIO(content), formats=PICTURE_FORMATS)
             if image.format == "EPS":
                 raise UserError("the picture is PostScript, a program that is not run: convert it to PNG")
             _check_size(*image.size)

@@ -8,6 +8,7 @@ import logging
 import re
 import socket
 import sys
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -35,11 +36,12 @@ from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import CLASSES, SIDE
 from mnist_pipeline.model.network import count_parameters
 from mnist_pipeline.serving.classifier import Classifier
-from mnist_pipeline.serving.preprocessing import open_image, to_mnist_image
+from mnist_pipeline.serving.preprocessing import PICTURE_FORMATS, open_image, to_mnist_image
 
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 MAX_BODY_BYTES = 5_000_000
 _DECODERS = 2  # images decoded at a time; the others wait, still encoded
+_MANY_PIXELS = 16_000_000  # of images with more, or slow for another reason, one is decoded at a time, beside others
 _MAX_SECONDS = 30.0  # for a request to arrive and to be answered
 MAX_CONNECTIONS = 64  # each needs a file descriptor, and may hold a body in memory
 _FORMATS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"]
@@ -91,7 +93,7 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     page, headers = _load_page()
-    limiter = CapacityLimiter(_DECODERS)
+    limiters = {False: CapacityLimiter(_DECODERS), True: CapacityLimiter(1)}
 
     def answer(body: bytes) -> PredictResponse:
         pixels = to_mnist_image(open_image(body))
@@ -121,7 +123,8 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
         },
     )
     async def predict(request: Request) -> PredictResponse:
-        return await to_thread.run_sync(answer, await _read_body(request), limiter=limiter)
+        body = await _read_body(request)
+        return await to_thread.run_sync(answer, body, limiter=limiters[_is_slow(body)])
 
     @app.exception_handler(UserError)
     def refuse(request: Request, error: UserError) -> Response:
@@ -152,6 +155,17 @@ async def _read_body(request: Request) -> bytes:
     if not body:
         raise UserError("the request has no body: send an image as its body")
     return bytes(body)
+
+
+def _is_slow(body: bytes) -> bool:
+    """Return whether an image may take seconds, as its header says: it has many pixels, or is decoded in Python."""
+    with warnings.catch_warnings(), suppress(Exception):  # open_image will say what is wrong with it
+        warnings.simplefilter("ignore")
+        formats = [name for name in PICTURE_FORMATS if name != "ICO"]  # opening an icon decodes it
+        with Image.open(io.BytesIO(body), formats=formats) as image:
+            pixels = image.width * image.height
+            return pixels > _MANY_PIXELS or any(tile[0] in Image.DECODERS for tile in image.tile)
+    return False
 
 
 class _Connection(H11Protocol):
