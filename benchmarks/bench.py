@@ -127,7 +127,7 @@ def _growth(params: Params, device: torch.device) -> dict[str, dict[str, float]]
 
     def seconds(images: int = _GROWTH_IMAGES, batch_size: int = params.train.batch_size, widths: float = 1) -> float:
         model_params = params.model.model_copy(
-            update={"channels": [round(widths * channels) for channels in params.model.channels]}
+            update={"channels": [round(widths * channels) for channels in params.model.model_dump()["channels"]]}
         )
         one_epoch = _change_training(params, epochs=1, batch_size=batch_size).train
         digits = load_digits(RAW, "train")[:images].tensors(params.data, device)

@@ -82,7 +82,7 @@ def _seconds_of_sums(params: Params) -> dict[str, float]:
     """Return the median seconds in which a group sums all gradients, and the statistics of the widest normalisation."""
     sizes = {
         "gradient": sum(weights.numel() for weights in build_model(params.model, params.seed).parameters()),
-        "statistics": 2 * max(params.model.channels),
+        "statistics": 2 * max(params.model.model_dump()["channels"]),
     }
     with join_group(threads=1) as group:
         return {name: _seconds_of_a_sum(group, size) for name, size in sizes.items()}

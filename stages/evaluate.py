@@ -9,7 +9,7 @@ from mnist_pipeline.common.files import write_csv, write_json
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import CALIBRATION, METRICS, MODEL, PREDICTIONS, RAW, ROBUSTNESS, checkpoint_path
 from mnist_pipeline.data.digits import load_digits
-from mnist_pipeline.evaluation.metrics import evaluate
+from mnist_pipeline.evaluation.metrics import evaluate, name_classes
 from mnist_pipeline.model.inference import set_up_torch
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.tracking.provenance import trace
@@ -20,9 +20,10 @@ def main() -> None:
     params = load_params()
     provenance = trace("evaluate")
     device = set_up_torch(params.threads)
-    digits = load_digits(RAW, "test")
-    evaluation = evaluate(load_model(MODEL), digits, params.evaluate.batch_size, device)
-    write_csv(PREDICTIONS, evaluation.predictions)
+    model = load_model(MODEL)
+    digits = load_digits(RAW, "test", len(model.classes))
+    evaluation = evaluate(model, digits, params.evaluate.batch_size, device)
+    write_csv(PREDICTIONS, name_classes(evaluation.predictions, model.classes))
     write_csv(CALIBRATION, evaluation.calibration)
     write_csv(ROBUSTNESS, evaluation.robustness)
     write_json(METRICS, evaluation.metrics | {"model_bytes": MODEL.stat().st_size})

@@ -27,8 +27,8 @@ def main() -> None:
     model = load_model(paths.MODEL).network
     results = load_results(
         paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
-    )
-    charts = draw_charts(results, model, params, digits["test"])
+    ).with_studies_on(digits["test"])
+    charts = draw_charts(results, model, params, digits)
     write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
     files = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*")), paths.MODEL]
     report = render_report(params, digits, model, results, {str(path): sha256(path) for path in files})

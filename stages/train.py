@@ -11,13 +11,13 @@ from mnist_pipeline.common.paths import ADDED, HISTORY, MODEL, RAW
 from mnist_pipeline.data.training_set import load_training_data
 from mnist_pipeline.model.inference import set_up_torch
 from mnist_pipeline.model.model_file import save_model
-from mnist_pipeline.model.network import build_model
 from mnist_pipeline.tracking.progress import TrainingLog
 from mnist_pipeline.tracking.provenance import identify_training, trace
 from mnist_pipeline.tracking.training_run import training_run
 from mnist_pipeline.training.checkpoint import Checkpoint
 from mnist_pipeline.training.distributed.launch import launch
-from mnist_pipeline.training.loop import TrainingLoop, start_training, train
+from mnist_pipeline.training.loop import TrainingLoop, train
+from mnist_pipeline.training.rehearsal import prepare_training
 
 
 def main(params: Params, train: TrainingLoop = train) -> None:
@@ -25,7 +25,7 @@ def main(params: Params, train: TrainingLoop = train) -> None:
     device = set_up_torch(params.threads)
     parts = load_training_data(RAW, ADDED, params.data, params.seed)
     digits, monitor = (part.tensors(params.data, device) for part in parts.values())
-    training = start_training(build_model(params.model, params.seed).to(device), params.train)
+    training = prepare_training(digits, params.data, params.model, params.train, params.seed)
     checkpoint = Checkpoint(provenance.fingerprint)
     interrupted_run = checkpoint.restore(training)
     log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)

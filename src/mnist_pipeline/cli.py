@@ -183,12 +183,13 @@ def promote_command(reason: str, rollback: bool) -> None:
 @mnist.command("add")
 @click.argument("source", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--name", help="The addition's name. Default: the directory's.")
-@click.option("--normalize", is_flag=True, help="Bring other pictures to MNIST's form, as `mnist predict` does.")
+@click.option("--normalize", is_flag=True, help="Bring other pictures to this form, as `mnist predict` does.")
 def add_command(source: Path, name: str | None, normalize: bool) -> None:
     """Check labelled digits and add them to the training images.
 
-    They are written to data/added/NAME, and DVC tracks them. SOURCE holds either directories 0 to 9 of pictures (28×28
-    pixels, white on black) or IDX files with the names of MNIST's training files. Copies of MNIST images are refused.
+    They are written to data/added/NAME, and DVC tracks them. SOURCE holds either pictures (28×28 pixels, white on
+    black) in directories named as the classes, 0 to 9, or IDX files with the names of MNIST's training files. Copies
+    of MNIST images are refused.
     """
     from mnist_pipeline.serving.additions import add_digits
 
@@ -211,7 +212,7 @@ def predict_command(files: tuple[str, ...], model: Path, as_json: bool) -> None:
     for name, prediction in classify_files(files, Classifier(model)):
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
-            print(f"{errors.printable(name)}: {prediction.digit} ({prediction.probability:.1%})", flush=True)
+            print(f"{errors.printable(name)}: {prediction.name} ({prediction.probability:.1%})", flush=True)
     if as_json:
         print(_to_json(answers))
     sys.exit(len(answers) < len(files))

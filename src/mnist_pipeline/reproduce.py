@@ -88,7 +88,7 @@ def output_digests(lock: Path) -> dict[str, str]:
 def describe_difference(committed: Path, again: Path) -> str:
     """Say how much two runs differ. Other kernels may change the last bits, but rarely a prediction."""
     histories = [read_csv(directory / HISTORY) for directory in (committed, again)]
-    predictions = [read_csv(directory / PREDICTIONS) for directory in (committed, again)]
+    predictions = [read_table(directory / PREDICTIONS) for directory in (committed, again)]
     if any(len(first) != len(second) for first, second in (histories, predictions)):
         return "different: another number of epochs or of test images"
     largest, name, epoch = max(

@@ -11,7 +11,7 @@ from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.experiments.recipes import find_recipe, run_experiment
-from mnist_pipeline.model.network import Net, count_parameters
+from mnist_pipeline.model.network import build_model, count_parameters
 
 RECIPES = sorted(file.stem for file in (ROOT / "experiments").glob("*.yaml"))
 
@@ -25,7 +25,7 @@ def _root(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_recipe_changes_the_params_and_keeps_to_the_parameter_budget(name: str) -> None:
     params = load_params(overlay=find_recipe(name))
     assert params != load_params()
-    assert count_parameters(Net(params.model)) < params.model.parameter_budget
+    assert count_parameters(build_model(params.model, seed=0)) < params.model.parameter_budget
 
 
 def test_an_unknown_recipe_is_an_error_that_lists_the_known_ones() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict, score, set_up_torch
-from mnist_pipeline.model.network import Net, build_model
+from mnist_pipeline.model.network import build_model
+from mnist_pipeline.model.networks.convolutional import Net
 
 
 @pytest.fixture

@@ -101,7 +101,7 @@ def test_it_begins_with_its_marker_and_has_its_sections(changed: Retraining) -> 
         "Params",
         "Metrics",
         "Learning curves",
-        "Misclassified digits",
+        "Misclassified images",
         "Gate",
     ]
 

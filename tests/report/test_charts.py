@@ -83,6 +83,20 @@ def test_a_learning_curve_names_a_validation_split(run: MadeUpRun) -> None:
     assert {row["series"] for row in curves} == {"training", "validation", "test, published"}
 
 
+@pytest.mark.parametrize("published", [[], [0.98, 0.99]])
+@pytest.mark.parametrize("quantity", ["loss", "accuracy"])
+def test_a_single_epoch_is_drawn_beside_the_axis_and_inside_the_frame(
+    run: MadeUpRun, quantity: str, published: list[float]
+) -> None:
+    [epoch] = run.results.history[:1]
+    chart = draw_learning_curve([epoch], quantity, "Test", published).to_dict()
+    curves = next(layer["encoding"] for layer in chart["layer"] if "color" in layer["encoding"])
+    first, last = curves["x"]["scale"]["domain"]
+    assert first < 1 < last
+    if quantity == "accuracy":
+        assert curves["y"]["scale"]["domain"][0] < epoch["train_accuracy"]
+
+
 def test_a_learning_curve_marks_where_the_learning_rate_falls(run: MadeUpRun) -> None:
     [step] = layers(run.charts["loss"])[0]
     assert step == {"epoch": 2.5, "step": "0.001 → 0.0005"}
@@ -91,11 +105,11 @@ def test_a_learning_curve_marks_where_the_learning_rate_falls(run: MadeUpRun) ->
 def test_the_confusion_matrix_shows_every_pair_and_colours_only_the_mistakes(run: MadeUpRun) -> None:
     [cells, _] = layers(run.charts["confusion_matrix"])
     shown = {(cell["label"], cell["prediction"]): cell for cell in cells}
-    wrong = {(int(TEST.labels[index]), prediction) for index, (prediction, _) in MISTAKES.items()}
+    wrong = {(str(int(TEST.labels[index])), str(prediction)) for index, (prediction, _) in MISTAKES.items()}
     assert len(shown) == 100
     assert {pair for pair, cell in shown.items() if cell["errors"]} == wrong
     assert sum(cell["images"] for cell in cells) == 200
-    assert shown[0, 1]["text"] == "·"
+    assert shown["0", "1"]["text"] == "·"
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,19 @@
 """The report: its tables are complete, its figures computed, and the checklist is checked on the run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.made_up import DIGESTS, DIGITS, MISTAKES, MadeUpRun, params_with
 from support.tables import rows, table, tables
+from torch import nn
 
 from mnist_pipeline.data.digits import NO_DIGITS, Digits
-from mnist_pipeline.evaluation import disputed
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.disputed import DISPUTED, disputed_images
+from mnist_pipeline.report.document import draw_charts, render_report
+from mnist_pipeline.report.studies import TEST_SHA256
 
 TEST = DIGITS["test"]
 REQUIREMENTS = [
@@ -67,7 +70,7 @@ def test_the_report_has_its_sections(report: str) -> None:
         "Calibration",
         "Robustness",
         "Recipes",
-        "Misclassified digits",
+        "Misclassified images",
         "First-layer filters",
         "Requirements",
         "Configuration",
@@ -114,7 +117,7 @@ def test_the_data_are_counted(report: str) -> None:
     assert "| Training images | 300 | 60,000 |" in report
     assert "| Test images | 200 | 10,000 |" in report
     assert "| Training share of all images | 60.0% | 85.7% |" in report
-    assert f"| Test images | {' | '.join(str(int((TEST.labels == digit).sum())) for digit in range(10))} |" in report
+    assert [row[2] for row in table(report, "Class", "Training images")] == [str(n) for n in TEST.per_class()]
 
 
 def test_the_layers_are_listed_with_their_parameters(report: str) -> None:
@@ -159,7 +162,7 @@ def test_the_log_has_a_row_for_each_epoch(report: str) -> None:
 def test_progress_is_grouped_by_learning_rate(report: str) -> None:
     found = rows(report)
     assert found["Accuracy in epochs 1 to 2, learning rate 0.001"] == ["87.50% to 93.75%", "98.26% to 98.73%"]
-    assert found["Accuracy in epochs 3 to 3, learning rate 0.0005"] == ["95.83% to 95.83%", "99.03% to 99.03%"]
+    assert found["Accuracy in epoch 3, learning rate 0.0005"] == ["95.83%", "99.03%"]
     assert found["Loss reduction"] == ["66.7%", "68.6%"]
 
 
@@ -207,7 +210,7 @@ def test_each_recipe_has_its_accuracy_on_corrupted_images(report: str) -> None:
 
 def test_misclassified_images_are_sorted_by_confidence(run: MadeUpRun) -> None:
     misclassified = run.results.misclassified
-    assert [(row["index"], row["prediction"]) for row in misclassified] == [(5, 3), (100, 7), (30, 8)]
+    assert [(row["index"], row["prediction"]) for row in misclassified] == [(5, "3"), (100, "7"), (30, "8")]
     assert [row["probability"] for row in misclassified] == [0.95, 0.8, 0.6]
 
 
@@ -218,7 +221,7 @@ def test_misclassified_images_of_the_same_confidence_are_in_file_order(tmp_path:
 
 def test_a_misclassified_digit_is_shown_with_its_label_and_prediction(report: str) -> None:
     label = int(TEST.labels[5])
-    assert table(report, "Digit")[0] == [
+    assert table(report, "Image")[0] == [
         "![Test image 5](figures/misclassified/5.png)",
         str(label),
         "3",
@@ -232,7 +235,7 @@ def test_added_digits_are_counted_and_the_data_are_no_longer_mnist(tmp_path: Pat
     report = MadeUpRun.create(tmp_path, {}, digits=as_many | {"added": added}).report
     assert "| Training images | 60,040 | 60,000 |" in report
     assert "| of these added to MNIST's | 40 | 0 |" in report
-    assert f"| of these added to MNIST's | {' | '.join(map(str, added.per_class()))} |" in report
+    assert [row[2] for row in table(report, "Class", "Training images")] == [str(n) for n in added.per_class()]
     assert met(report)["MNIST dataset"] is False
 
 
@@ -259,17 +262,14 @@ def test_the_most_frequent_confusion_is_named_first(tmp_path: Path) -> None:
 def test_the_report_says_how_many_misclassified_digits_it_shows(tmp_path: Path, gallery_size: int, shown: str) -> None:
     report = MadeUpRun.create(tmp_path, params=params_with("report", gallery_size=gallery_size)).report
     assert f"3 of 200 test images; {shown} of them are here" in report
-    assert len(table(report, "Digit")) == min(gallery_size, 3)
+    assert len(table(report, "Image")) == min(gallery_size, 3)
 
 
-def test_the_images_whose_label_is_disputed_are_marked(
-    tmp_path: Path, as_many: dict[str, Digits], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_images_whose_label_is_disputed_are_marked(tmp_path: Path, as_many: dict[str, Digits]) -> None:
     test = as_many["test"]
-    monkeypatch.setattr(disputed, "TEST_SHA256", test.sha256())  # as if they were MNIST's own
     mistakes = one_off(*DISPUTED, 0, 946, 948, digits=test)
     report = MadeUpRun.create(tmp_path, mistakes, digits=as_many, disputed=disputed_images(test)).report
-    marks = {row[0]: row[-1] for row in table(report, "Digit")}
+    marks = {row[0]: row[-1] for row in table(report, "Image")}
     assert len(marks) == 18
     marked = {image for image, mark in marks.items() if mark == "disputed label"}
     assert marked == {f"![Test image {place}](figures/misclassified/{place}.png)" for place in DISPUTED}
@@ -278,6 +278,7 @@ def test_the_images_whose_label_is_disputed_are_marked(
     assert f"On the other 9,985 images the accuracy is {9982 / 9985:.2%}." in report
 
 
+@pytest.mark.usefixtures("as_other_data")
 def test_no_label_of_other_images_is_disputed(tmp_path: Path, as_many: dict[str, Digits]) -> None:
     report = MadeUpRun.create(tmp_path, one_off(*DISPUTED, digits=as_many["test"]), digits=as_many).report
     assert "disputed label" not in report
@@ -308,3 +309,63 @@ def test_a_run_without_mistakes_is_reported(tmp_path: Path) -> None:
     assert "0 of 200 test images; all of them are here" in report
     assert "Most frequent confusions" not in report
     assert table(report, "Mean probability") == [["91.00%", "200", "100.00%"]]
+
+
+CLOTHES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+
+
+@pytest.mark.usefixtures("as_other_data")
+def test_other_data_are_reported_by_their_names_and_without_what_belongs_to_mnist(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path, classes=CLOTHES)
+    results = run.results.with_studies_on(TEST[1:])
+    report = render_report(run.params, run.digits, run.model, results, DIGESTS)
+    assert report.startswith("# Classification of images in 10 classes with 19,210 parameters\n")
+    assert [row[0] for row in table(report, "Class", "Images")] == [*CLOTHES, "**All**"]
+    assert {tuple(row[1:3]) for row in table(report, "Image")} == {
+        (CLOTHES[TEST.labels[place]], CLOTHES[prediction]) for place, (prediction, _) in MISTAKES.items()
+    }
+    assert " taken for " in report
+    assert not re.search("published|disputed|Recipes", report, re.IGNORECASE)
+    assert rows(report)["MNIST dataset"] == ["**no**", "300 training and 200 test images of other data"]
+    assert {"High performance", "Fast training"}.isdisjoint(met(report))
+    charts = draw_charts(results, run.model, run.params, run.digits)
+    curves = [layer["encoding"] for layer in charts["loss"].to_dict()["layer"] if "color" in layer["encoding"]]
+    assert curves[0]["color"]["scale"]["domain"] == ["training", "test"]
+    assert "studies" not in charts
+
+
+@pytest.mark.usefixtures("as_other_data")
+def test_a_study_on_these_images_is_reported_whatever_they_are(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path)
+    [study] = run.results.studies
+    others = replace(study, rows=[row | {TEST_SHA256: TEST[:-1].sha256()} for row in study.rows])
+    older = replace(study, rows=[{name: row[name] for name in row if name != TEST_SHA256} for row in study.rows])
+    results = replace(run.results, studies=[others, study, older, replace(study, rows=[])]).with_studies_on(TEST)
+    assert results.studies == [study]
+    report = render_report(run.params, run.digits, run.model, results, DIGESTS)
+    assert "Undisputed images" not in report
+    assert table(report, "Recipe")[0][0] == "specification"
+
+
+PERCEPTRON = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10), nn.LogSoftmax(1))
+
+
+def test_a_network_of_another_kind_is_reported(tmp_path: Path) -> None:
+    run = MadeUpRun.create(tmp_path)
+    vars(run)["model"] = PERCEPTRON
+    assert [row[0] for row in table(run.report, "Step")] == ["0", "1", "3", "**Total**"]
+    assert table(run.report, "Step")[1] == ["1", "Linear → ReLU", "784 → 16", "", "", "12560", "28×28"]
+    assert "First-layer filters" not in run.report
+    assert "filters" not in run.charts
+    assert "| Published |" not in run.report
+    assert "| Published test loss |" in run.report  # the data are MNIST's
+    unmet = {name for name, is_met in met(run.report).items() if not is_met}
+    assert unmet >= {"CNN architecture", "Batch normalisation", "Modern techniques", "Documentation"}
+    assert rows(run.report)["CNN architecture"][1] == "0 convolutions in 1 block"
+    assert rows(run.report)["Modern techniques"][1] == "none of the specification's"
+
+
+def test_one_epoch_is_one(tmp_path: Path) -> None:
+    report = MadeUpRun.create(tmp_path, epochs=1).report
+    assert "1 epochs" not in report
+    assert rows(report)["Accuracy in epoch 1, learning rate 0.001"] == ["87.50%", "98.26%"]

@@ -13,6 +13,7 @@ import pytest
 import vl_convert
 from PIL import Image
 from support.made_up import DIGESTS, DIGITS, MISTAKES, PARAMS, MadeUpRun, params_with
+from support.tables import table
 
 from mnist_pipeline.report.document import render_report
 from mnist_pipeline.report.page import render_page
@@ -60,8 +61,8 @@ class Parsed(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
     def text(self, *within: str) -> str:
-        """Return the text in elements of these kinds."""
-        return " ".join(text for path, text in self.texts if set(within) & set(path))
+        """Return the text in elements of these kinds, without what folded tables are called."""
+        return " ".join(text for path, text in self.texts if set(within) & set(path) and "summary" not in path)
 
     @property
     def charts(self) -> dict[str, dict[str, str]]:
@@ -101,7 +102,7 @@ def parsed(run: MadeUpRun) -> Parsed:
 def words(markdown: str) -> list[str]:
     """Return the words of a Markdown text without its marks, pictures aside."""
     text = re.sub(r"!\[.*?\]\(.*?\)", "", markdown)
-    text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", text)
+    text = re.sub(r"\[(.*?)\]\(.*?\)", r" \1 ", text)
     text = re.sub(r"(?m)^\|[ :|-]+\|$|^#+ |[*`|]", " ", text)
     return text.split()
 
@@ -109,6 +110,14 @@ def words(markdown: str) -> list[str]:
 def test_the_page_says_what_the_markdown_says(run: MadeUpRun, parsed: Parsed) -> None:
     assert parsed.text("header", "main").split() == words(run.report)
     assert [parsed.text("title")] == re.findall("^# (.+)", run.report)
+
+
+def test_long_tables_are_folded(run: MadeUpRun) -> None:
+    folded = re.findall(
+        r"<summary>Table of (\d+) rows</summary><div class=\"table\"><table>\s*<thead>.*?<th.*?>(.*?)<", run.page, re.S
+    )
+    params = len(table(run.report, "Key in `params.yaml`"))
+    assert folded == [("14", "Step"), ("19", "Family"), (str(params), "Key in ")]
 
 
 def test_the_page_has_the_markdowns_pictures_and_their_alternative_texts(run: MadeUpRun, parsed: Parsed) -> None:

@@ -222,7 +222,7 @@ def test_json_has_an_object_for_each_file(known: Known, trained_model: Path) -> 
     assert [answer["file"] for answer in answers] == ["0.png", "1.jpg"]
     assert [answer["digit"] for answer in answers] == known.labels[:2]
     for answer in answers:
-        assert list(answer) == ["file", "digit", "probability", "probabilities"]
+        assert list(answer) == ["file", "digit", "probability", "probabilities", "name"]
         assert answer["probability"] == answer["probabilities"][answer["digit"]]
         assert sum(answer["probabilities"]) == pytest.approx(1)
 

@@ -36,7 +36,7 @@ from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.model.network import Net
+from mnist_pipeline.model.network import build_model
 from mnist_pipeline.tracking import client
 from mnist_pipeline.tracking.client import SECONDS
 from mnist_pipeline.tracking.progress import TrainingLog
@@ -335,7 +335,7 @@ def test_a_training_continues_in_the_run_that_the_server_has_a_part_of(tmp_path:
     with inside(Repository(tmp_path, sqlite.uri)):
         part = Store().begin_run(TRAIN)
         part.log_epoch(EPOCHS[0].row())
-        with training_run(TRAIN, {}, Net(PARAMS.model), EPOCHS, part.id) as continued:
+        with training_run(TRAIN, {}, build_model(PARAMS.model, seed=0), EPOCHS, part.id) as continued:
             assert continued.id == part.id
         run = Store().client.get_run(part.id)
     assert run.info.status == "FINISHED"

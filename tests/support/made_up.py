@@ -9,15 +9,23 @@ from torch import full
 
 from mnist_pipeline.common.files import write_csv, write_json, write_text
 from mnist_pipeline.common.params import Params, load_params
+from mnist_pipeline.data.digits import DIGITS as NUMBERS
 from mnist_pipeline.data.digits import NO_DIGITS, Digits, load_digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
-from mnist_pipeline.evaluation.metrics import calibration_bins, compute_metrics, corrupted_accuracies, prediction_rows
-from mnist_pipeline.model.network import Net, build_model
+from mnist_pipeline.evaluation.metrics import (
+    calibration_bins,
+    compute_metrics,
+    corrupted_accuracies,
+    name_classes,
+    prediction_rows,
+)
+from mnist_pipeline.model.network import build_model
+from mnist_pipeline.model.networks.convolutional import Net
 from mnist_pipeline.report.chart_style import Chart
 from mnist_pipeline.report.document import draw_charts, render_report, write_figures
 from mnist_pipeline.report.page import render_page
 from mnist_pipeline.report.results import Results, load_results
-from mnist_pipeline.report.studies import MEASURES
+from mnist_pipeline.report.studies import MEASURES, TEST_SHA256
 from support import DATA, ROOT
 
 PARAMS = load_params(ROOT / "params.yaml")
@@ -44,6 +52,7 @@ class MadeUpRun:
         digits: Mapping[str, Digits] = DIGITS,
         params: Params = PARAMS,
         disputed: Sequence[int] = (),
+        classes: Sequence[str] = NUMBERS,
     ) -> "MadeUpRun":
         """Write what the stages would write and read it; all other images are right with a probability of 0.91."""
         labels = digits["test"].labels
@@ -74,16 +83,22 @@ class MadeUpRun:
             }
             for number, corruption in enumerate(CORRUPTIONS)
         ]
-        metrics = compute_metrics(found, labels, disputed) | corrupted_accuracies(robustness)
+        metrics = compute_metrics(found, labels, disputed, classes) | corrupted_accuracies(robustness)
         metrics |= {"parameters": 19_210, "model_bytes": 81_432}
         write_csv(directory / "history.csv", history)
         write_json(directory / "metrics.json", metrics)
-        write_csv(directory / "predictions.csv", prediction_rows(found, labels))
+        write_csv(directory / "predictions.csv", name_classes(prediction_rows(found, labels), classes))
         write_csv(directory / "calibration.csv", calibration_bins(found, labels))
         write_csv(directory / "robustness.csv", robustness)
         seeds = [
             {
-                **{"seed": seed, "epochs": epochs, "seconds": 90.0, "test_accuracy": 0.99 + seed / 1000},
+                **{
+                    TEST_SHA256: digits["test"].sha256(),
+                    "seed": seed,
+                    "epochs": epochs,
+                    "seconds": 90.0,
+                    "test_accuracy": 0.99 + seed / 1000,
+                },
                 **{name: metrics[name] for name in MEASURES if name != "test_accuracy"},
             }
             for seed in range(3)
@@ -98,7 +113,7 @@ class MadeUpRun:
 
     @cached_property
     def charts(self) -> dict[str, Chart]:
-        return draw_charts(self.results, self.model, self.params, self.digits["test"])
+        return draw_charts(self.results, self.model, self.params, self.digits)
 
     @cached_property
     def report(self) -> str:

@@ -42,7 +42,8 @@ from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.data.training_set import load_training_data
 from mnist_pipeline.model.inference import predict
 from mnist_pipeline.model.model_file import load_model, save_model
-from mnist_pipeline.model.network import Net, build_model
+from mnist_pipeline.model.network import build_model
+from mnist_pipeline.model.networks.convolutional import Net
 from mnist_pipeline.tracking.provenance import Provenance
 from mnist_pipeline.tracking.store import Store
 from mnist_pipeline.tracking.training_run import training_run

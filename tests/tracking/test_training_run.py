@@ -19,7 +19,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import write_text
 from mnist_pipeline.common.paths import HISTORY, MODEL
 from mnist_pipeline.common.scores import EpochResult
-from mnist_pipeline.model.network import Net
+from mnist_pipeline.model.network import build_model
 from mnist_pipeline.tracking import run
 from mnist_pipeline.tracking.run import MODEL_TAG
 from mnist_pipeline.tracking.store import Store
@@ -27,7 +27,7 @@ from mnist_pipeline.tracking.training_run import TrainingRun, training_run
 
 
 def track(history: Sequence[EpochResult] = (), interrupted: str | None = None) -> AbstractContextManager[TrainingRun]:
-    return training_run(TRAIN, {}, Net(PARAMS.model), history, interrupted)
+    return training_run(TRAIN, {}, build_model(PARAMS.model, seed=0), history, interrupted)
 
 
 def fail(*_: object, **__: object) -> None:
@@ -119,7 +119,7 @@ def log_model(root: Path, interrupt: str | None, monkeypatch: pytest.MonkeyPatch
         if interrupt:
             patch.setattr(MlflowClient, interrupt, die)
         with contextlib.suppress(SystemExit):
-            tracked.log_model(Net(PARAMS.model), MODEL, torch.zeros(2, 1, 28, 28))
+            tracked.log_model(build_model(PARAMS.model, seed=0), MODEL, torch.zeros(2, 1, 28, 28))
         if interrupt:
             tracked.tracked = None
 
@@ -165,7 +165,7 @@ def test_a_training_goes_on_silently_after_one_warning(
         tracked.log_epoch(EPOCHS[1])
         monkeypatch.undo()
         tracked.log_epoch(EPOCHS[1])
-        tracked.log_model(Net(PARAMS.model), MODEL, torch.zeros(2, 1, 28, 28))
+        tracked.log_model(build_model(PARAMS.model, seed=0), MODEL, torch.zeros(2, 1, 28, 28))
     [line] = capsys.readouterr().err.splitlines()
     assert "(no answer), so this training after epoch 1 is not tracked" in line
     assert tracked.id == begun.info.run_id

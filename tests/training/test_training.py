@@ -14,7 +14,8 @@ from mnist_pipeline.common.params import Params, TrainParams
 from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict, score, set_up_torch
-from mnist_pipeline.model.network import Net, build_model
+from mnist_pipeline.model.network import build_model
+from mnist_pipeline.model.networks.convolutional import Net
 from mnist_pipeline.training.loop import learning_rate, seed_epoch, smoothed_cross_entropy, start_training
 from mnist_pipeline.training.loop import train as train_on
 

@@ -1,13 +1,15 @@
 """`params.yaml`, parsed once into frozen types that refuse unknown keys and wrong values."""
 
 import math
+import re
 import textwrap
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails, PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer, ComposerError
 from ruamel.yaml.constructor import ConstructorError, SafeConstructor
@@ -17,11 +19,20 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.paths import PARAMS
 
 _MAX_BYTES = 50_000  # of a file of params; more would take seconds to parse
+_CLASS_NAME = re.compile(r"\w+([ .-]+\w+|/\w+)*")  # what MLflow allows in the name of a metric
 _MAX_DEPTH = 50  # of sections and lists in one another
 _KEY_LENGTH, _VALUE_LENGTH, _PROBLEM_LENGTH, _EXPLANATION_LENGTH = 40, 50, 100, 200  # characters in a message
 
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+_ClassName = Annotated[str, Field(strict=False, coerce_numbers_to_str=True, max_length=50)]
+
+
+def _check_classes(names: list[str]) -> list[str]:
+    if not 2 <= len(set(names)) == len(names) <= 256 or not all(map(_CLASS_NAME.fullmatch, names)):
+        rule = "2 to 256 different names of letters and digits, with spaces, -, . or / only between them"
+        raise PydanticCustomError("classes", rule)
+    return names
 
 
 class Section(BaseModel):
@@ -41,8 +52,9 @@ class Normalization(Section):
 
 
 class DataParams(Normalization):
-    """Which images train the network, and how they become its input."""
+    """Which images train the network, how they become its input, and the names of their classes, from label 0 on."""
 
+    classes: Annotated[list[_ClassName], AfterValidator(_check_classes)]
     validation_size: Annotated[int, Field(ge=0)]
     max_class_ratio: Annotated[float, Field(ge=1)]
 
@@ -53,14 +65,9 @@ class DataParams(Normalization):
 
 
 class ModelParams(Section):
-    """The network, and the number of parameters that it must stay under."""
+    """The network, and the number of parameters that it must stay under. `params_type` adds what the network takes."""
 
-    channels: Annotated[list[Count], Field(min_length=6, max_length=6)]
-    bias: bool
-    activation: Literal["relu", "silu"]
-    pooling: Literal[2, 3]
-    dropout: Probability
-    dropout_kind: Literal["element", "channel"]
+    network: str
     parameter_budget: Count
 
 
@@ -185,8 +192,25 @@ def load_params(path: Path = PARAMS, overlay: Path | None = None) -> Params:
     return _parse_params(merge(sections, read_sections(overlay)), overlay) if overlay else params
 
 
+def params_type(sections: Mapping[str, Any]) -> type[Params]:
+    """Return the type of params with this network: its class says what the section `model` holds.
+
+    Only here `common` looks into another folder, so that a network is no more than a class and a word in the params.
+
+    Raises:
+        UserError: there is no such network, or its file is wrong.
+    """
+    model = sections.get("model")
+    if not isinstance(model, Mapping) or not isinstance(name := model.get("network"), str):
+        return Params  # which says what is wrong
+    section = import_module("mnist_pipeline.model.network").network_params(name)
+    return create_model("Params", __base__=Params, model=section)
+
+
 def _parse_params(sections: Mapping[str, Any], path: Path) -> Params:
-    return parse_section(Params, {key: value for key, value in sections.items() if key != "gate"}, f"{path}: ")
+    return parse_section(
+        params_type(sections), {key: value for key, value in sections.items() if key != "gate"}, f"{path}: "
+    )
 
 
 def parse_section(section: type[_Section], content: Mapping[str, Any], where: str) -> _Section:
@@ -275,7 +299,7 @@ def _explain(section: type[Section], error: ErrorDetails) -> str:
 
 
 def _known_keys(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    others = ["gate"] if section is Params and not location else []
+    others = ["gate"] if issubclass(section, Params) and not location else []
     for key in location:
         section = cast("type[BaseModel]", section.model_fields[str(key)].annotation)
     return [*section.model_fields, *others]

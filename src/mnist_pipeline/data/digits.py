@@ -13,17 +13,22 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import check_file
 from mnist_pipeline.common.params import Normalization
 
-CLASSES = 10
+DIGITS = list("0123456789")  # the names of the classes, if nothing else is said
 SIDE = 28  # pixels
 _MAX_DIGITS = 500_000  # in a file: EMNIST, the largest set of digits like MNIST's, has 280,000
 _MAX_HEADER = 4 + 4 * 255  # bytes
 PREFIXES = {"train": "train", "test": "t10k"}
 FILES = [f"{prefix}-{kind}-ubyte" for prefix in PREFIXES.values() for kind in ("images-idx3", "labels-idx1")]
 
+_MNIST = {  # `Digits.sha256` of MNIST's own parts
+    "train": "edc0d1098aa497be14ace79ddd5171e5a3dcf9c4d196c015389203eb3ba1f59b",
+    "test": "c3f9adf9c66efb572b1f9326c3a511b45910c7173b97be66ceceeeeaef6b802b",
+}
+
 
 @dataclass(frozen=True)
 class Digits:
-    """Labelled images: pixels (N, 28, 28) of 0 to 255 and labels (N,) of 0 to 9."""
+    """Labelled images: pixels (N, 28, 28) of 0 to 255 and labels (N,) from 0 on."""
 
     pixels: Tensor
     labels: Tensor
@@ -37,9 +42,13 @@ class Digits:
     def __add__(self, other: "Digits") -> "Digits":
         return Digits(torch.cat([self.pixels, other.pixels]), torch.cat([self.labels, other.labels]))
 
-    def per_class(self) -> list[int]:
-        """Count the images of each class."""
-        return torch.bincount(self.labels, minlength=CLASSES).tolist()
+    def per_class(self, classes: int = 0) -> list[int]:
+        """Count the images of each class that has any, and of `classes` classes at least."""
+        return torch.bincount(self.labels, minlength=classes).tolist()
+
+    def is_mnist(self, part: str) -> bool:
+        """Return whether these are exactly the `train` or the `test` images of MNIST."""
+        return self.sha256() == _MNIST[part]
 
     def sha256(self) -> str:
         """Return the SHA-256 of the pixels, then the labels, a byte each."""
@@ -83,7 +92,7 @@ def read_part(directory: Path, part: str) -> Digits:
     """Read the `train` or the `test` part of a directory of IDX files.
 
     Raises:
-        UserError: a file is absent or damaged, or the files do not hold one label of 0 to 9 for each 28×28 image.
+        UserError: a file is absent or damaged, or the files do not hold one label for each 28×28 image.
     """
     images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
     labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
@@ -96,19 +105,21 @@ def read_part(directory: Path, part: str) -> Digits:
         raise UserError(
             f"{images} holds {len(digits.pixels):,} images, {labels} has shape {tuple(digits.labels.shape)}"
         )
-    if (largest := int(digits.labels.max())) >= CLASSES:
-        raise UserError(f"{labels} must hold labels from 0 to {CLASSES - 1}, and holds {largest}")
     return digits
 
 
-def load_digits(directory: Path, part: str) -> Digits:
-    """Read a part of MNIST.
+def load_digits(directory: Path, part: str, classes: int | None = None) -> Digits:
+    """Read a part of the data.
 
     Raises:
-        UserError: `read_part` refuses it, or it lacks a class.
+        UserError: `read_part` refuses it, or the labels are not 0, 1, 2, … without a gap, up to `classes` of them.
     """
     digits = read_part(directory, part)
-    if 0 in (counts := digits.per_class()):
+    counts = digits.per_class(classes or 0)
+    wanted, found = classes or len(counts), f"lacks {counts.index(0)}" if 0 in counts else f"holds {len(counts) - 1}"
+    if 0 in counts or len(counts) > wanted:
         labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
-        raise UserError(f"{labels} must hold every label from 0 to {CLASSES - 1}, and lacks {counts.index(0)}")
+        raise UserError(
+            f"{labels} must hold each label from 0 to {wanted - 1}, and {found}: data.classes in params.yaml names all"
+        )
     return digits

@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d, normalize
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import DataParams
-from mnist_pipeline.data.digits import NO_DIGITS, PREFIXES, SIDE, Digits, load_digits, read_part
+from mnist_pipeline.data.digits import DIGITS, NO_DIGITS, PREFIXES, SIDE, Digits, load_digits, read_part
 
 # Of MNIST's own images, no two have a higher correlation than 0.99799, or fewer than 7 pixels that differ by more.
 _MAX_CORRELATION = 0.998
@@ -34,9 +34,14 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
     """Check added digits against MNIST, which lies in `raw`, and against each other; `names` has a name for each.
 
     Raises:
-        UserError: a digit is a copy of an image of MNIST or of another addition, or is not white on black; or a class
-            would have more than `params.max_class_ratio` times the images of another.
+        UserError: a label has no class; a digit is a copy of an image of MNIST or of another addition, or is not white
+            on black; or a class would have more than `params.max_class_ratio` times the images of another.
     """
+    classes = params.classes
+    if wrong := [name for name, label in zip(names, added.labels.tolist(), strict=True) if label >= len(classes)]:
+        raise UserError(
+            f"a label must be one of 0 to {len(classes) - 1}, as data.classes: take out {_first_few(wrong)}"
+        )
     parts = {part: load_digits(raw, part) for part in PREFIXES}
     known = [f"MNIST's {part} image {index}" for part, digits in parts.items() for index in range(len(digits))]
     known += names
@@ -51,14 +56,15 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
             f"added images must be new, not copies of MNIST's or of each other: take out {_first_few(copies)}"
         )
     bright = (added.pixels > 127).sum(dim=(1, 2)).tolist()
-    if wrong := [name for name, count in zip(names, bright, strict=True) if not 0 < count < SIDE * SIDE / 2]:
+    wrong = [name for name, count in zip(names, bright, strict=True) if not 0 < count < SIDE * SIDE / 2]
+    if wrong and classes == DIGITS:
         raise UserError(f"a digit must be white on black, as MNIST's are: take out or invert {_first_few(wrong)}")
     counts = (parts["train"] + added).per_class()
     most, least = counts.index(max(counts)), counts.index(min(counts))
     if counts[most] > params.max_class_ratio * counts[least]:
         raise UserError(
-            f"with added digits there are {counts[most]:,} training images of {most} and {counts[least]:,} of {least}: "
-            f"data.max_class_ratio allows {params.max_class_ratio:g} times as many"
+            f"with added digits there are {counts[most]:,} training images of {classes[most]} and {counts[least]:,} of "
+            f"{classes[least]}: data.max_class_ratio allows {params.max_class_ratio:g} times as many"
         )
 
 
@@ -128,8 +134,9 @@ def load_training_data(raw: Path, additions: Path, params: DataParams, seed: int
     The monitor is a validation split or, if its size is 0, the test images. Added digits are for training only, so they
     do not change the split.
     """
-    training, added = load_digits(raw, "train"), load_additions(additions, raw, params)
+    classes = len(params.classes)
+    training, added = load_digits(raw, "train", classes), load_additions(additions, raw, params)
     if params.validation_size == 0:
-        return {"train": training + added, "monitor": load_digits(raw, "test")}
+        return {"train": training + added, "monitor": load_digits(raw, "test", classes)}
     training, held_out = split(training, params.validation_size, seed)
     return {"train": training + added, "monitor": held_out}

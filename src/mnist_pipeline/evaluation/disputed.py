@@ -5,9 +5,8 @@ from mnist_pipeline.data.digits import Digits
 # A majority of five raters disagreed with these labels (Northcutt et al., arXiv:2103.14749; data at
 # github.com/cleanlab/label-errors): ten images got another label, three got none, and two were a tie.
 DISPUTED = [947, 1621, 1901, 2130, 2462, 2597, 2654, 3520, 3558, 5937, 6651, 6783, 8527, 9679, 9729]
-TEST_SHA256 = "c3f9adf9c66efb572b1f9326c3a511b45910c7173b97be66ceceeeeaef6b802b"  # `Digits.sha256` of MNIST's test set
 
 
 def disputed_images(digits: Digits) -> list[int]:
     """Return the indices of the images whose label is disputed; only MNIST's own test images have any."""
-    return DISPUTED if digits.sha256() == TEST_SHA256 else []
+    return DISPUTED if digits.is_mnist("test") else []

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mnist_pipeline.common.params import Normalization
-from mnist_pipeline.data.digits import CLASSES, Digits
+from mnist_pipeline.data.digits import DIGITS, Digits
 from mnist_pipeline.evaluation.corruptions import CORRUPTIONS
 from mnist_pipeline.evaluation.disputed import disputed_images
 from mnist_pipeline.model.inference import predict, score
@@ -39,7 +39,7 @@ def evaluate(model: TrainedModel, digits: Digits, batch_size: int, device: torch
     log_probabilities = predict(network, images, batch_size)
     robustness = _measure_robustness(network, digits, model.normalization, batch_size, device)
     return Evaluation(
-        compute_metrics(log_probabilities, labels, disputed_images(digits))
+        compute_metrics(log_probabilities, labels, disputed_images(digits), model.classes)
         | corrupted_accuracies(robustness)
         | {"parameters": count_parameters(network)},
         prediction_rows(log_probabilities, labels),
@@ -48,11 +48,13 @@ def evaluate(model: TrainedModel, digits: Digits, batch_size: int, device: torch
     )
 
 
-def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = ()) -> dict[str, object]:
+def compute_metrics(
+    log_probabilities: Tensor, labels: Tensor, disputed: Sequence[int] = (), classes: Sequence[str] = DIGITS
+) -> dict[str, object]:
     """Return the loss (nats an image), the accuracy, overall and by class, the counts and the calibration error.
 
-    `log_probabilities` are (N, 10), `labels` (N,) with at least one of each class. The undisputed accuracy leaves out
-    the images at the indices `disputed`.
+    `log_probabilities` are (N, classes), `labels` (N,) with at least one of each class. The undisputed accuracy leaves
+    out the images at the indices `disputed`.
     """
     right = log_probabilities.argmax(dim=1) == labels
     total = score(log_probabilities, labels)
@@ -65,7 +67,7 @@ def compute_metrics(log_probabilities: Tensor, labels: Tensor, disputed: Sequenc
         "test_misclassified": total.total - total.correct,
         "test_calibration_error": calibration_error(calibration_bins(log_probabilities, labels)),
         "test_per_class_accuracy": {
-            str(digit): right[labels == digit].double().mean().item() for digit in range(CLASSES)
+            name: right[labels == label].double().mean().item() for label, name in enumerate(classes)
         },
     }
 
@@ -131,6 +133,11 @@ def prediction_rows(log_probabilities: Tensor, labels: Tensor) -> list[dict[str,
     ]
 
 
+def name_classes(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return rows of `prediction_rows` with the names of classes in place of their numbers."""
+    return [{**row, **{column: classes[row[column]] for column in ("label", "prediction")}} for row in rows]
+
+
 def _probabilities(log_probabilities: Tensor) -> Tensor:
-    """Return the probabilities (N, 10) as doubles. The softmax is torch's own; `exp` would be MKL's."""
+    """Return the probabilities (N, classes) as doubles. The softmax is torch's own; `exp` would be MKL's."""
     return log_probabilities.double().softmax(dim=1)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import Params
+from mnist_pipeline.common.params import params_type
 from mnist_pipeline.experiments.node import ANSWER_SECONDS, identify_images, identify_repository, prepare_node
 from mnist_pipeline.experiments.trial import (
     GRACE_SECONDS,
@@ -141,7 +141,7 @@ def _train_on_node(
 
     os.chdir(Path(__file__).parents[3])
     prepare_node(f"node {get_node_ip_address()} ({Path.cwd()})", repository, images, tracking[TRACKING_URI])
-    trial = Trial(**fields | {"params": Params.model_validate(fields["params"])})
+    trial = Trial(**fields | {"params": params_type(fields["params"]).model_validate(fields["params"])})
     with closing(run_trial(trial, clean_environment() | dict(tracking))) as progress:
         for step in progress:
             if step:

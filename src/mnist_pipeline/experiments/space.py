@@ -29,7 +29,7 @@ from mnist_pipeline.experiments.trial import VALIDATION_SIZE, on_one_core
 from mnist_pipeline.report.studies import SPECIFICATION
 
 _SEARCHABLE = ("seed", "model", "train")  # sections: the images stay the same
-_FIXED = ("train.processes",)  # every trial gets one process
+_FIXED = ("train.processes", "model.network")  # every trial gets one process, and the same keys under `model`
 _SIGNIFICANT_DIGITS = 4  # of a float that is drawn: precise enough, and short to read
 
 
@@ -79,7 +79,7 @@ class Space:
         for key, value in values.items():
             nested = reduce(lambda inner, name: {name: inner}, reversed(key.split(".")), value)
             sections = merge(sections, nested)
-        return Params.model_validate(sections)
+        return type(self.base).model_validate(sections)
 
     def trial_params(self, values: Mapping[str, Any]) -> Params:
         """Return the params of a trial: it takes one core and holds images out to be scored on."""
@@ -124,7 +124,7 @@ def load_space(path: Path) -> Space:
             try:
                 space.params_at({key: value})
             except ValidationError as error:
-                raise UserError(f"{path}: {explain_errors(Params, error)}") from None
+                raise UserError(f"{path}: {explain_errors(type(base), error)}") from None
     return space
 
 

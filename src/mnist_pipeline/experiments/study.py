@@ -6,11 +6,12 @@ from tqdm import tqdm
 
 from mnist_pipeline.common.files import write_csv
 from mnist_pipeline.common.params import Params, load_params
-from mnist_pipeline.common.paths import MODEL, STUDIES
+from mnist_pipeline.common.paths import MODEL, RAW, STUDIES
+from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.experiments.pool import TrialPool, open_pool
 from mnist_pipeline.experiments.recipes import find_recipe
 from mnist_pipeline.experiments.trial import VALIDATION_SIZE, StudyRow, on_one_core
-from mnist_pipeline.report.studies import MEASURES, VALIDATION_SUFFIX, Study, read_study_rows
+from mnist_pipeline.report.studies import MEASURES, TEST_SHA256, VALIDATION_SUFFIX, Study, read_study_rows
 from mnist_pipeline.tracking.provenance import trace
 
 # Columns of a study's table that say what a row was made from.
@@ -57,6 +58,7 @@ class _StudyTable:
         self.name = f"{recipe}{VALIDATION_SUFFIX if validation else ''}"
         self.path = STUDIES / f"{self.name}.csv"
         self.stages = ["train"] if validation else ["train", "evaluate"]
+        self.tested = {} if validation else {TEST_SHA256: load_digits(RAW, "test").sha256()}
         self.measures = ["monitor_accuracy"] if validation else MEASURES
         in_file = {int(row["seed"]): row for row in read_study_rows(self.path)}
         self.params = seed_params(recipe, max(seeds, *(seed + 1 for seed in in_file), 0), validation)
@@ -72,7 +74,7 @@ class _StudyTable:
     def _origin(self, params: Params) -> StudyRow:
         """Return the columns that identify the params of a row and everything that its stages read."""
         training = trace("train", params)
-        origin = {_PARAMS: training.params_sha256, _TRAINING: training.fingerprint}
+        origin = {_PARAMS: training.params_sha256, _TRAINING: training.fingerprint, **self.tested}
         if "evaluate" in self.stages:
             origin[_EVALUATION] = trace("evaluate", params, without=[MODEL]).fingerprint
         return origin
@@ -117,4 +119,5 @@ class _StudyTable:
 
 def _figures(row: StudyRow) -> StudyRow:
     """Return the columns that the same training gives again, to the last digit."""
-    return {name: value for name, value in row.items() if name not in {_PARAMS, _TRAINING, _EVALUATION, "seconds"}}
+    others = {_PARAMS, _TRAINING, _EVALUATION, TEST_SHA256, "seconds"}
+    return {name: value for name, value in row.items() if name not in others}

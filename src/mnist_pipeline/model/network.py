@@ -1,75 +1,94 @@
-"""The network: three blocks of convolutions, with 19,210 parameters unless the params say otherwise."""
+"""The network that the params describe: the class Net in the file in `networks/` that `model.network` names."""
 
-from collections import OrderedDict
+import inspect
+import pkgutil
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from pydantic import create_model
+from torch import nn
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import ModelParams
-from mnist_pipeline.data.digits import CLASSES
-from mnist_pipeline.model.layers import BatchNorm2d, Dropout, Dropout2d
+from mnist_pipeline.common.params import ModelParams, describe_value
+from mnist_pipeline.data.digits import DIGITS
+from mnist_pipeline.model import networks
 
-_DROPOUT = {"element": Dropout, "channel": Dropout2d}
-
-# SiLU (Hendrycks and Gimpel, arXiv:1606.08415) is x·sigmoid(x).
-_ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU}
+_REASON_LENGTH = 300  # characters of an error that are shown
 
 
-class Net(nn.Module):
-    """Map normalised images (N, 1, 28, 28) to log-probabilities (N, 10)."""
-
-    def __init__(self, params: ModelParams) -> None:
-        super().__init__()
-        c1, c2, c3, c4, c5, c6 = params.channels
-
-        def convolve(number: int, inputs: int, outputs: int, padding: int) -> dict[str, nn.Module]:
-            return {
-                f"conv{number}": nn.Conv2d(inputs, outputs, 3, padding=padding, bias=params.bias),
-                f"bn{number}": BatchNorm2d(outputs),
-                f"activation{number}": _ACTIVATIONS[params.activation](),
-            }
-
-        def shrink(number: int) -> dict[str, nn.Module]:
-            return {
-                f"pool{number}": nn.MaxPool2d(params.pooling, stride=2, padding=(params.pooling - 1) // 2),
-                f"dropout{number}": _DROPOUT[params.dropout_kind](params.dropout),
-            }
-
-        def classify() -> dict[str, nn.Module]:
-            return {"conv7": nn.Conv2d(c6, CLASSES, 3), "gap": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten()}
-
-        # A layer draws its initial weights when it is made, so the results depend on the order of these calls.
-        self.block1 = _sequence(convolve(1, 1, c1, padding=1), convolve(2, c1, c2, padding=1), shrink(1))
-        self.block2 = _sequence(convolve(3, c2, c3, padding=1), convolve(4, c3, c4, padding=1), shrink(2))
-        self.block3 = _sequence(convolve(5, c4, c5, padding=0), convolve(6, c5, c6, padding=0), classify())
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
-        images = images.to(memory_format=torch.channels_last)  # the faster order for all layers
-        return F.log_softmax(self.block3(self.block2(self.block1(images))), dim=1)
+@contextmanager
+def network_errors(name: str) -> Iterator[None]:
+    """Turn any error inside the block into a UserError that names the network's file and, if it is there, the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        file = str(Path(networks.__path__[0], f"{name}.py"))
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+        lines += [error.lineno] if isinstance(error, SyntaxError) else []
+        place = f"networks/{name}.py" + (f", line {lines[-1]}" if lines else "")
+        reason = " ".join(str(error).split())[:_REASON_LENGTH]
+        raise UserError(f"{place}: {type(error).__name__}: {reason}") from None
 
 
-def _sequence(*steps: dict[str, nn.Module]) -> nn.Sequential:
-    return nn.Sequential(OrderedDict((name, layer) for step in steps for name, layer in step.items()))
+def _find_class(name: str) -> Any:
+    known = sorted(module.name for module in pkgutil.iter_modules(networks.__path__))
+    if name not in known:
+        raise UserError(f"model.network must be {' or '.join(known)}, and is {describe_value(name)}")
+    with network_errors(name):
+        return import_module(f"{networks.__name__}.{name}").Net
 
 
-def build_model(params: ModelParams, seed: int) -> Net:
+@cache
+def network_params(name: str) -> type[ModelParams]:
+    """Return the type of the section `model` for a network: with what its class takes besides the number of classes.
+
+    Raises:
+        UserError: there is no such network, or its file is wrong.
+    """
+    with network_errors(name):
+        taken = list(inspect.signature(_find_class(name), eval_str=True).parameters.values())[1:]
+        fields: Any = {
+            each.name: (each.annotation, ... if each.default is each.empty else each.default) for each in taken
+        }
+        return create_model("ModelParams", __base__=ModelParams, **fields)
+
+
+def make_network(params: ModelParams, classes: int) -> nn.Module:
+    """Return the network with weights drawn from torch's global generator.
+
+    Raises:
+        UserError: its class refuses the params.
+    """
+    with network_errors(params.network):
+        network: nn.Module = _find_class(params.network)(
+            classes, **params.model_dump(exclude={*ModelParams.model_fields})
+        )
+        return network
+
+
+def build_model(params: ModelParams, seed: int, classes: int = len(DIGITS)) -> nn.Module:
     """Return the network with PyTorch's default initialisation drawn from `seed`.
 
     Raises:
-        UserError: it has `params.parameter_budget` parameters or more.
+        UserError: it has `params.parameter_budget` parameters or more, or its class refuses the params.
     """
     with torch.device("meta"):  # without memory: a large network would fill it, or take minutes to initialise
-        parameters = count_parameters(Net(params))
+        parameters = count_parameters(make_network(params, classes))
     if parameters >= params.parameter_budget:
         raise UserError(
             f"the network has {parameters:,} parameters, which is not under model.parameter_budget "
             f"({params.parameter_budget:,}): raise the budget or choose a smaller network"
         )
     torch.manual_seed(seed)
-    return Net(params)
+    return make_network(params, classes)
 
 
 def count_parameters(model: nn.Module) -> int:

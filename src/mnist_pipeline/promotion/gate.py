@@ -14,7 +14,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text
 from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import METRICS, RAW
-from mnist_pipeline.data.digits import Digits, load_digits
+from mnist_pipeline.data.digits import DIGITS, Digits, load_digits
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.promotion.bounds import GateParams, load_bounds
@@ -72,8 +72,8 @@ def judge() -> list[Verdict]:
     Raises:
         UserError: the section is wrong, or a file that the pipeline makes is absent or damaged.
     """
-    bounds = load_bounds()
-    champion = look_up_champion(load_digits(RAW, "test"), load_params().evaluate.batch_size)
+    bounds, params = load_bounds(), load_params()
+    champion = look_up_champion(load_digits(RAW, "test"), params.evaluate.batch_size, params.data.classes)
     return decide(bounds, _look_at_candidate(), champion)
 
 
@@ -146,22 +146,24 @@ def _stale_stages() -> list[str]:
     return list(json.loads(process.stdout))
 
 
-def look_up_champion(digits: Digits, batch_size: int) -> Champion | NoChampion:
+def look_up_champion(digits: Digits, batch_size: int, classes: Sequence[str] = DIGITS) -> Champion | NoChampion:
     """Return the registry's champion with its accuracy on these test images, or why there is none to compare with."""
     try:
         if (version := find_champion()) is None:
             return NoChampion(f"none yet in MLflow at {store_address()}", acceptable=True)
-        return Champion(str(version), _accuracy_of(version, digits, batch_size), version.data_sha256)
+        return Champion(str(version), _accuracy_of(version, digits, batch_size, classes), version.data_sha256)
     except UserError as error:
         return NoChampion(str(error), acceptable=False)
 
 
-def _accuracy_of(version: ModelVersion, digits: Digits, batch_size: int) -> float:
+def _accuracy_of(version: ModelVersion, digits: Digits, batch_size: int, classes: Sequence[str]) -> float:
     """Return a version's accuracy on these images: from its run if that tested the same images, else test it now."""
     if version.tested_on(digits):
         return version.metrics["test_accuracy"]
     with TemporaryDirectory() as directory:
         champion = load_model(version.download_model(Path(directory)))
+    if champion.classes != classes:
+        raise UserError(f"{version} has other classes: only another MLflow store can have another champion")
     images, labels = digits.tensors(champion.normalization, torch.device("cpu"))
     return score(predict(champion.network, images, batch_size), labels).accuracy
 

@@ -1,6 +1,7 @@
 """The charts of a run's results, drawn by Altair: interactive in report.html, PNG files in report.md."""
 
 import base64
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -9,7 +10,6 @@ import altair as alt
 import numpy as np
 from scipy.stats import binomtest
 
-from mnist_pipeline.data.digits import CLASSES
 from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, GREY, ORANGE, RED, Chart, chart_rows, style_chart
 from mnist_pipeline.report.pictures import encode_png, enlarge
 
@@ -20,10 +20,14 @@ _ROW_HEIGHT = 36  # pixels, of a chart with a row of digits
 def draw_learning_curve(
     history: Sequence[Mapping[str, float]], quantity: str, monitor_name: str, published: Sequence[float]
 ) -> Chart:
-    """Draw loss or accuracy by epoch; dotted lines mark new learning rates, the pointer shows an epoch's figures."""
+    """Draw loss or accuracy by epoch; dotted lines mark new learning rates, the pointer shows an epoch's figures.
+
+    `published` can be empty.
+    """
     titles = {f"train_{quantity}": "training", f"monitor_{quantity}": monitor_name.lower()}
     series = {title: {int(row["epoch"]): row[name] for row in history} for name, title in titles.items()}
-    series["test, published"] = dict(enumerate(published, 1))
+    if published:
+        series["test, published"] = dict(enumerate(published, 1))
     points = [
         {"epoch": epoch, "series": title, quantity: value}
         for title, values in series.items()
@@ -42,11 +46,13 @@ def draw_learning_curve(
     if quantity == "loss":
         scale, axis = alt.Scale(type="log"), alt.Axis(title="loss, nats an image", format="~g", values=_LOSS_TICKS)
     else:
-        # The first epoch's training accuracy is far lower; it would flatten the rest of the chart.
-        lowest = min([row["monitor_accuracy"] for row in history] + list(published))
+        # The first epoch's training accuracy is far lower; it would flatten the rest of the chart, if there is one.
+        alone = [row["train_accuracy"] for row in history if len(history) == 1]
+        lowest = min([*(row["monitor_accuracy"] for row in history), *published, *alone])
         scale, axis = alt.Scale(domain=[max(0, lowest - 0.005), 1]), alt.Axis(title="accuracy", format=".1%")
-    whole_numbers = alt.Axis(tickMinStep=1, format="d")
-    x = alt.X("epoch:Q", title="epoch", axis=whole_numbers, scale=alt.Scale(nice=False, zero=False))
+    whole_numbers = alt.Axis(values=list(range(1, len(epochs) + 1, math.ceil(len(epochs) / 15))), format="d")
+    margin = alt.Scale(nice=False, domain=[0.5, len(epochs) + 0.5])  # else the first points would lie on the axis
+    x = alt.X("epoch:Q", title="epoch", axis=whole_numbers, scale=margin)
     chosen = alt.selection_point(fields=["series"], bind="legend", toggle="true")  # a click shows or hides a curve
     pointed = alt.selection_point(fields=["epoch"], nearest=True, on="pointerover", clear="pointerout", empty=False)
     curves = chart_rows(points).mark_line(point=True, clip=True).add_params(chosen)
@@ -64,22 +70,23 @@ def draw_learning_curve(
     return style_chart(alt.layer(drops, curves, pointer), 280)
 
 
-def draw_confusion_matrix(confusion: np.ndarray) -> Chart:
+def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str]) -> Chart:
     """Draw how often each label (row) was predicted as each class (column); only mistakes have colour."""
     errors = confusion - np.diag(confusion.diagonal())
     cells = [
         {
-            "label": label,
-            "prediction": prediction,
+            "label": classes[label],
+            "prediction": classes[prediction],
             "images": int(confusion[label, prediction]),
             "errors": int(errors[label, prediction]),
             "text": str(confusion[label, prediction] or "·"),
         }
-        for label, prediction in np.ndindex(CLASSES, CLASSES)
+        for label, prediction in np.ndindex(confusion.shape)
     ]
+    angle = 0 if max(map(len, classes)) < 3 else -45
     base = chart_rows(cells).encode(
-        x=alt.X("prediction:O", title="predicted", axis=alt.Axis(labelAngle=0)),
-        y="label:O",
+        x=alt.X("prediction:O", title="predicted", sort=None, axis=alt.Axis(labelAngle=angle)),
+        y=alt.Y("label:O", sort=None),
         tooltip=["label:O", "prediction:O", "images:Q"],
     )
     largest = max(int(errors.max()), 1)
@@ -174,14 +181,17 @@ def draw_robustness(
     return style_chart(alt.layer(*layers), _ROW_HEIGHT * len(shown))
 
 
-def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) -> Chart:
-    """Draw each seed's accuracy as a point, each recipe's mean as a tick, the published accuracy as a line."""
+def draw_studies(accuracies: Mapping[str, Sequence[float]], published: Sequence[float]) -> Chart:
+    """Draw each seed's accuracy as a point, each recipe's mean as a tick, and a line at the last published accuracy.
+
+    `published` can be empty.
+    """
     points = [
         {"recipe": name, "seed": seed, "accuracy": value}
         for name, values in accuracies.items()
         for seed, value in enumerate(values)
     ]
-    shown = [published, *(value for values in accuracies.values() for value in values)]
+    shown = [*published[-1:], *(value for values in accuracies.values() for value in values)]
     domain = [max(0, min(shown) - 0.0005), min(1, max(shown) + 0.0005)]
     x = alt.X("accuracy:Q", title="test accuracy", scale=alt.Scale(domain=domain), axis=alt.Axis(format=".2%"))
     base = chart_rows(points).encode(y=alt.Y("recipe:N", title=None, sort=list(accuracies)))
@@ -191,6 +201,6 @@ def draw_studies(accuracies: Mapping[str, Sequence[float]], published: float) ->
     means = base.mark_tick(thickness=3, size=28, color=RED).encode(
         x=alt.X("mean(accuracy):Q"), tooltip=["recipe:N", alt.Tooltip("mean(accuracy):Q", format=".3%")]
     )
-    line = chart_rows([{"accuracy": published, "text": "published"}]).encode(x=x)
+    line = chart_rows([{"accuracy": value} for value in published[-1:]]).encode(x=x)
     layers = [line.mark_rule(strokeDash=[4, 3], color=GREY), seeds, means]
     return style_chart(alt.layer(*layers), 44 * len(accuracies))

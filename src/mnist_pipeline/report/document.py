@@ -17,7 +17,8 @@ from mnist_pipeline.evaluation.metrics import BIN_COUNT
 from mnist_pipeline.model.architecture import group_into_steps, list_layers
 from mnist_pipeline.report import charts, network_charts, published
 from mnist_pipeline.report.chart_style import Chart, write_chart
-from mnist_pipeline.report.comparison import check_requirements, compare_progress, compare_results
+from mnist_pipeline.report.comparison import check_requirements, compare_progress, compare_results, count_of
+from mnist_pipeline.report.network_charts import square
 from mnist_pipeline.report.pictures import write_digit
 from mnist_pipeline.report.results import ResultRow, Results
 from mnist_pipeline.report.studies import recipe_table
@@ -25,28 +26,34 @@ from mnist_pipeline.report.studies import recipe_table
 _EXAMPLES = 5  # test images that the chart of corruptions shows
 
 
-def draw_charts(results: Results, model: nn.Module, params: Params, test: Digits) -> dict[str, Chart]:
-    """Draw the report's charts, by name."""
-    steps = [*chain(*group_into_steps(list_layers(model)).values())]
-    monitor = params.data.monitor_name
-    first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+def draw_charts(results: Results, model: nn.Module, params: Params, digits: Mapping[str, Digits]) -> dict[str, Chart]:
+    """Draw the report's charts, by name; without published figures if the data are not MNIST's."""
+    layers, monitor, test = list_layers(model), params.data.monitor_name, digits["test"]
+    losses, accuracies = (published.TEST_LOSS, published.TEST_ACCURACY) if _are_mnist(digits) else ([], [])
     shown = test[:_EXAMPLES]
     examples = {corruption.name: corruption.apply(shown).pixels.numpy() for corruption in CORRUPTIONS}
     examples[results.uncorrupted["corruption"]] = shown.pixels.numpy()
     means = {family: scores["accuracy"] for family, scores in results.family_means.items()}
     drawn = {
-        "loss": charts.draw_learning_curve(results.history, "loss", monitor, published.TEST_LOSS),
-        "accuracy": charts.draw_learning_curve(results.history, "accuracy", monitor, published.TEST_ACCURACY),
-        "network": network_charts.draw_network(steps),
-        "filters": network_charts.draw_filters(first.weight.detach().numpy()[:, 0]),
-        "confusion_matrix": charts.draw_confusion_matrix(results.confusion),
+        "loss": charts.draw_learning_curve(results.history, "loss", monitor, losses),
+        "accuracy": charts.draw_learning_curve(results.history, "accuracy", monitor, accuracies),
+        "network": network_charts.draw_network([*chain(*(steps for _, steps in group_into_steps(layers)))]),
+        "confusion_matrix": charts.draw_confusion_matrix(results.confusion, results.classes),
         "reliability": charts.draw_reliability(results.calibration),
         "corruptions": charts.draw_robustness([results.uncorrupted, *results.robustness], means, examples),
     }
+    first = next(layer for layer in layers if layer.parameters)
+    if first.kind == "Conv2d":
+        weights = model.get_parameter(f"{first.path}.weight")
+        drawn["filters"] = network_charts.draw_filters(weights.detach().numpy()[:, 0])
     if results.studies:
         studied = {study.name: study.values("test_accuracy") for study in results.studies}
-        drawn["studies"] = charts.draw_studies(studied, published.TEST_ACCURACY[-1])
+        drawn["studies"] = charts.draw_studies(studied, accuracies)
     return drawn
+
+
+def _are_mnist(digits: Mapping[str, Digits]) -> bool:
+    return all(digits[part].is_mnist(part) for part in ("train", "test"))
 
 
 def write_figures(
@@ -75,26 +82,31 @@ def render_report(
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701 (Markdown with our own numbers; `page` escapes it)
     )
-    environment.filters |= {"percent": "{:.2%}".format, "thousands": "{:,}".format}
+    environment.filters |= {"percent": "{:.2%}".format, "thousands": "{:,}".format, "square": square}
+    environment.globals["count_of"] = count_of
     layers = list_layers(model)
-    training, added, test = digits["train"] + digits["added"], digits["added"], digits["test"]
+    blocks = group_into_steps(layers)
+    training, test, is_mnist = digits["train"] + digits["added"], digits["test"], _are_mnist(digits)
     return environment.get_template("report.md.j2").render(
         params=params,
         configuration=flatten(params.model_dump()),
         digests=digests,
         training=training,
-        added=added,
+        added=digits["added"],
         test=test,
+        is_mnist=is_mnist,
+        is_published=is_mnist
+        and {step[0].name for _, steps in blocks for step in steps} == {*published.STEP_PARAMETERS},
         disputed=disputed_images(test),
         side=SIDE,
         bins=BIN_COUNT,
         layers=layers,
-        blocks=group_into_steps(layers),
+        blocks=blocks,
         results=results,
         monitor=params.data.monitor_name,
         recipes=recipe_table(results.studies),
         comparisons=compare_results(results, params.data.monitor_name),
         progress=compare_progress(results.history),
-        requirements=check_requirements(params, layers, results, len(training), len(test)),
+        requirements=check_requirements(params, layers, results, len(training), len(test), is_mnist),
         published=published,
     )

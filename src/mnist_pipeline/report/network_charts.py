@@ -8,7 +8,14 @@ import altair as alt
 import numpy as np
 
 from mnist_pipeline.model.architecture import Layer
-from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, ORANGE, RED, Chart, chart_rows, style_chart
+from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, GREY, ORANGE, RED, Chart, chart_rows, style_chart
+
+_MOST_CHANNELS = 100  # that make a step thicker
+
+
+def square(side: int | str | None) -> str:
+    """Write the size of a square by its side; a text is a size already."""
+    return f"{side}×{side}" if isinstance(side, int) else side or ""
 
 
 def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
@@ -17,11 +24,12 @@ def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
     top = 0.0
     for step in steps:
         first, last = step[0], step[-1]
-        channels, side = last.output_shape[0], (*last.output_shape, 1, 1)[1]
+        channels, side = (*last.output_shape, 1, 1)[:2]
         parameters = sum(layer.parameters for layer in step)
-        shape, sees = "×".join(map(str, last.output_shape)), f"{first.receptive_field}×{first.receptive_field}"
+        shape, sees = "×".join(map(str, last.output_shape)), square(first.receptive_field)
         counted = f"{parameters:,} parameters, " if parameters else ""
-        thickness = 4 + 0.7 * channels
+        thickness = 4 + 0.7 * min(channels, _MOST_CHANNELS)
+        is_convolution, is_pooling = first.kernel and parameters, "Pool" in first.kind
         rows.append(
             {
                 "name": first.name,
@@ -34,15 +42,17 @@ def draw_network(steps: Sequence[Sequence[Layer]]) -> Chart:
                 "shape": shape,
                 "parameters": parameters,
                 "sees": sees,
-                "kind": "convolution" if first.kernel and parameters else "pooling",
-                "text": f"{first.name}: {shape}\n{counted}sees {sees}",
+                "kind": "convolution" if is_convolution else "pooling" if is_pooling else "other layer",
+                "text": f"{first.name}: {shape}\n{counted}{f'sees {sees}' if sees else ''}",
             }
         )
         top += max(thickness, 28) + 8
     widest = max(row["right"] for row in rows)
     x = alt.X("left:Q", scale=alt.Scale(domain=[-widest, 4.2 * widest], nice=False), axis=None)
     y = alt.Y("top:Q", scale=alt.Scale(domain=[top, -12], nice=False), axis=None)
-    colour = alt.Color("kind:N", scale=alt.Scale(domain=["convolution", "pooling"], range=[BLUE, ORANGE]))
+    colours = {"convolution": BLUE, "pooling": ORANGE, "other layer": GREY}
+    shown = [kind for kind in colours if kind in {row["kind"] for row in rows}]
+    colour = alt.Color("kind:N", scale=alt.Scale(domain=shown, range=[colours[kind] for kind in shown]))
     seen = alt.Tooltip("sees:N", title="receptive field")
     base = chart_rows(rows)
     maps = base.mark_rect(cornerRadius=2).encode(

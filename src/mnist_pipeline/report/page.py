@@ -16,6 +16,8 @@ from markupsafe import Markup
 
 from mnist_pipeline.report.chart_style import Chart
 
+_MOST_ROWS = 12  # of a table that is read; a longer one is folded, since people look things up in it
+
 
 def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> str:
     """Render a Markdown report as a page. The report's images are files under `directory`.
@@ -46,9 +48,20 @@ def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> st
         title=title,
         introduction=Markup(markdown.render(introduction)),  # noqa: S704 (escaped by markdown-it)
         sections=[
-            {"id": heading.lower().replace(" ", "-"), "title": heading, "body": Markup(markdown.render(body))}  # noqa: S704
+            {"id": heading.lower().replace(" ", "-"), "title": heading, "body": _fold_tables(markdown.render(body))}
             for heading, body in zip(sections[::2], sections[1::2], strict=True)
         ],
         specs={name: chart.to_dict() | {"width": "container"} for name, chart in charts.items()},
         vega=Markup(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")),  # noqa: S704 (Vega's own code)
     )
+
+
+def _fold_tables(section: str) -> Markup:
+    """Fold the long tables of a rendered section, but not pictures, which the page shows as cards."""
+
+    def fold(table: re.Match[str]) -> str:
+        rows = table[0].count("<tr>") - 1
+        is_long = rows > _MOST_ROWS and "<img" not in table[0]
+        return f"<details><summary>Table of {rows} rows</summary>{table[0]}</details>" if is_long else table[0]
+
+    return Markup(re.sub(r'<div class="table">.*?</div>', fold, section, flags=re.DOTALL))  # noqa: S704 (see above)

@@ -9,9 +9,11 @@ import numpy as np
 
 from mnist_pipeline.common.files import read_table
 from mnist_pipeline.common.paths import STUDIES
+from mnist_pipeline.data.digits import Digits
 
 SPECIFICATION = "specification"  # the recipe that is `params.yaml` itself
 VALIDATION_SUFFIX = "-validation"  # of a table whose scores are on held-out training images
+TEST_SHA256 = "test_sha256"  # the column with the digest of the test images
 MEASURES = [  # the metrics that a study keeps for each seed
     "test_accuracy",
     "test_undisputed_accuracy",
@@ -35,6 +37,10 @@ class Study:
         """The seeds, in ascending order."""
         return sorted(int(row["seed"]) for row in self.rows)
 
+    def is_tested_on(self, test: Digits) -> bool:
+        """Return whether its figures come from these test images."""
+        return [row.get(TEST_SHA256) for row in self.rows[:1]] == [test.sha256()]
+
     def values(self, measure: str) -> list[float]:
         """Return a measure for each seed, in the order of the seeds."""
         return [float(row[measure]) for row in sorted(self.rows, key=lambda row: int(row["seed"]))]
@@ -55,8 +61,8 @@ class Study:
 
 
 def percent_range(shares: Sequence[float]) -> str:
-    """Return the lowest and the highest share as text."""
-    return f"{min(shares):.2%} to {max(shares):.2%}"
+    """Return the lowest and the highest share as text, or one of them if they look the same."""
+    return " to ".join(dict.fromkeys((f"{min(shares):.2%}", f"{max(shares):.2%}")))
 
 
 def read_study_rows(table: Path) -> list[dict[str, str]]:

@@ -13,18 +13,19 @@ from numpy.typing import NDArray
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import check_file
-from mnist_pipeline.data.digits import CLASSES, SIDE
+from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.serving.preprocessing import MAX_BYTES, name_in_errors, open_image, to_mnist_image
+from mnist_pipeline.serving.preprocessing import MAX_BYTES, name_in_errors, open_image, to_network_image
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A digit, its probability, and the probability of each digit from 0 to 9."""
+    """A digit or other class, its probability, the probability of each class in order, and the class's name."""
 
     digit: int
     probability: float
     probabilities: list[float]
+    name: str
 
 
 class Classifier:
@@ -39,13 +40,18 @@ class Classifier:
         torch.set_num_threads(1)  # more threads would only wait for one another over a single image
 
     def classify(self, pixels: NDArray[np.uint8]) -> Prediction:
-        """Read a digit (28, 28), white on black, 0 to 255."""
+        """Read an image (28, 28), 0 to 255, such as a digit in white on black."""
         mean, std = self.model.normalization.mean, self.model.normalization.std
         images = ((torch.tensor(pixels, dtype=torch.float32) / 255 - mean) / std).view(1, 1, SIDE, SIDE)
         with torch.inference_mode():
             probabilities = self.model.network(images)[0].double().softmax(dim=0).tolist()  # doubles sum to 1
-        digit = max(range(CLASSES), key=probabilities.__getitem__)
-        return Prediction(digit, probabilities[digit], probabilities)
+        digit = max(range(len(probabilities)), key=probabilities.__getitem__)
+        return Prediction(digit, probabilities[digit], probabilities, self.model.classes[digit])
+
+    def read(self, picture: BinaryIO | bytes) -> tuple[Prediction, NDArray[np.uint8]]:
+        """Read a picture of any size; return also the pixels (28, 28) that the network got."""
+        pixels = to_network_image(open_image(picture), self.model.classes)
+        return self.classify(pixels), pixels
 
 
 def classify_files(files: Sequence[str], classifier: Classifier) -> Iterator[tuple[str, Prediction]]:
@@ -60,7 +66,7 @@ def classify_files(files: Sequence[str], classifier: Classifier) -> Iterator[tup
                 if file != "-":
                     check_file(Path(file), MAX_BYTES)
                 with click.open_file(file, "rb") as picture:
-                    prediction = classifier.classify(to_mnist_image(open_image(cast("BinaryIO", picture))))
+                    prediction, _ = classifier.read(cast("BinaryIO", picture))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

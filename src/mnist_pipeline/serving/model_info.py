@@ -9,6 +9,7 @@ from tabulate import tabulate
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.params import Normalization, load_params
 from mnist_pipeline.common.paths import MODEL, PARAMS
+from mnist_pipeline.data.digits import DIGITS
 from mnist_pipeline.model.architecture import Layer, list_layers
 from mnist_pipeline.model.model_file import TrainedModel, load_model
 from mnist_pipeline.model.network import build_model
@@ -23,6 +24,7 @@ class ModelInfo:
     normalization: Mapping[str, float]
     parameters: int
     layers: list[Layer]
+    classes: list[str]
 
 
 def read_model_info(path: Path) -> ModelInfo:
@@ -33,8 +35,8 @@ def read_model_info(path: Path) -> ModelInfo:
     """
     if untrained := path == MODEL and not path.exists():
         params = load_params()
-        network, data = build_model(params.model, params.seed), params.data
-        model = TrainedModel(network, Normalization(mean=data.mean, std=data.std))
+        network, data = build_model(params.model, params.seed, len(params.data.classes)), params.data
+        model = TrainedModel(network, Normalization(mean=data.mean, std=data.std), data.classes)
     else:
         model = load_model(path)
     layers = list_layers(model.network)
@@ -44,6 +46,7 @@ def read_model_info(path: Path) -> ModelInfo:
         model.normalization.model_dump(),
         sum(layer.parameters for layer in layers),
         layers,
+        model.classes,
     )
 
 
@@ -57,11 +60,11 @@ def render_model_info(info: ModelInfo) -> str:
     mean, std = info.normalization["mean"], info.normalization["std"]
     rows = [
         (
-            f"{layer.block}.{layer.name}",
+            layer.path,
             layer.kind,
             "×".join(map(str, layer.output_shape)),
             f"{layer.parameters:,}",
-            f"{layer.receptive_field}",
+            f"{layer.receptive_field or ''}",
         )
         for layer in info.layers
     ]
@@ -72,4 +75,5 @@ def render_model_info(info: ModelInfo) -> str:
         disable_numparse=True,
         colalign=("left", "left", "left", "right", "right"),
     )
-    return f"{file}\nPixels (0 to 1) are normalised: minus the mean {mean:g}, divided by {std:g}.\n\n{table}"
+    classes = "" if info.classes == DIGITS else f"\nIt tells apart {', '.join(info.classes)}."
+    return f"{file}{classes}\nPixels (0 to 1) are normalised: minus the mean {mean:g}, divided by {std:g}.\n\n{table}"

@@ -3,7 +3,7 @@
 import io
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import BinaryIO
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.data.digits import SIDE
+from mnist_pipeline.data.digits import DIGITS, SIDE
 
 MAX_BYTES = 200_000_000  # of a picture's file
 MAX_PIXELS = 50_000_000  # larger pictures are not decoded; Pillow holds each pixel in up to 4 bytes
@@ -25,6 +25,7 @@ PICTURE_FORMATS = [name for name in _WANTED if name in Image.OPEN]
 _BOX = 20  # pixels: a digit is scaled to fit a square of this side
 _FINE = 500  # pixels: the longer side of a picture is shrunk to this
 _COARSE = 100  # pixels or a little more: at this size noise and dust are averaged away
+_SHRINK = Image.Resampling.BOX
 _MIDDLE = 0.85  # of the way from a picture's middle to its edge; beyond it there is rarely ink
 _DARK = 16  # of 255 levels, added to a background's brightness, which may be 0
 _FAINTEST_INK = 8  # of 255 levels: ink differs from its background at least by this
@@ -102,6 +103,14 @@ def to_mnist_image(image: Image.Image) -> NDArray[np.uint8]:
     return _place_digit(_find_ink(simplify_image(image)))
 
 
+def to_network_image(image: Image.Image, classes: Sequence[str]) -> NDArray[np.uint8]:
+    """Bring a picture of a digit to MNIST's form; make any other one just grey and small: (28, 28), 0 to 255."""
+    if list(classes) == DIGITS:
+        return to_mnist_image(image)
+    image = simplify_image(image)
+    return np.asarray(image.convert("RGBA" if image.mode == "RGBa" else "L").convert("L").resize((SIDE, SIDE), _SHRINK))
+
+
 def simplify_image(image: Image.Image) -> Image.Image:
     """Return a picture upright, at most 500 pixels long, in mode L, RGB, RGBa (multiplied by alpha) or F."""
     image = ImageOps.exif_transpose(image)
@@ -112,7 +121,7 @@ def simplify_image(image: Image.Image) -> Image.Image:
         image = image.convert("RGB" if image.getchannel("A").getextrema() == (255, 255) else "RGBa")
     else:
         image = image.convert("L" if image.mode in ("1", "L") else "RGB")
-    image.thumbnail((_FINE, _FINE), Image.Resampling.BOX)
+    image.thumbnail((_FINE, _FINE), _SHRINK)
     if image.mode == "RGB" and len({band.tobytes() for band in image.split()}) == 1:
         image = image.getchannel("R")  # grey: one channel takes half the time of three
     if image.mode == "F":  # floats have no fixed range

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import hashlib
 import io
+import json
 import logging
 import re
 import socket
@@ -11,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from html import escape
 from importlib.metadata import version
 from importlib.resources import files
 from ipaddress import ip_address
@@ -33,10 +35,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mnist_pipeline.common.errors import UserError, printable
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import MODEL
-from mnist_pipeline.data.digits import CLASSES, SIDE
+from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.network import count_parameters
 from mnist_pipeline.serving.classifier import Classifier
-from mnist_pipeline.serving.preprocessing import PICTURE_FORMATS, open_image, to_mnist_image
+from mnist_pipeline.serving.preprocessing import PICTURE_FORMATS
 
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 MAX_BODY_BYTES = 5_000_000
@@ -64,11 +66,12 @@ class HealthResponse(BaseModel):
 
 
 class PredictResponse(BaseModel):
-    """The digit in an image, the probability of each of the ten digits, and the picture that the network got."""
+    """The digit in an image, or another class by its number and name; the probability of each; what the network got."""
 
-    digit: Annotated[int, Field(ge=0, lt=CLASSES)]
+    digit: Annotated[int, Field(ge=0)]
     probability: _Probability
-    probabilities: Annotated[list[_Probability], Field(min_length=CLASSES, max_length=CLASSES)]
+    probabilities: Annotated[list[_Probability], Field(min_length=2)]
+    name: str
     image: Annotated[str, Field(description=f"{SIDE}×{SIDE} grey pixels, a PNG as a data URI")]
     model: ServedModel
 
@@ -92,12 +95,12 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
         },
     )
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
-    page, headers = _load_page()
+    page, headers = _load_page(classifier.model.classes)
     limiters = {False: CapacityLimiter(_DECODERS), True: CapacityLimiter(1)}
 
     def answer(body: bytes) -> PredictResponse:
-        pixels = to_mnist_image(open_image(body))
-        return PredictResponse(**vars(classifier.classify(pixels)), image=_encode_png(pixels), model=model)
+        prediction, pixels = classifier.read(body)
+        return PredictResponse(**vars(prediction), image=_encode_png(pixels), model=model)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     def show_page() -> Response:
@@ -223,9 +226,10 @@ def _encode_png(pixels: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _load_page() -> tuple[str, dict[str, str]]:
+def _load_page(classes: list[str]) -> tuple[str, dict[str, str]]:
     """Return the page and its headers, which allow only its own script and style and requests to this server."""
     page = files("mnist_pipeline.serving").joinpath("draw.html").read_text(encoding="utf-8")
+    page = page.replace("CLASSES", escape(json.dumps(classes)), 1)
 
     def digest(tag: str) -> str:
         content = "".join(re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL))

@@ -81,8 +81,8 @@ def build_optimizers(model: nn.Module, params: TrainParams) -> list[Optimizer]:
     """Return one optimizer for all weights of a model, or Muon for the convolutions and AdamW for the rest."""
     options: dict[str, Any] = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
     fused: dict[str, Any] = options | {"fused": True}  # faster; and the other way takes square roots from MKL
-    weights = list(model.parameters())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
     if params.optimizer != "muon":
         return [_OPTIMIZERS[params.optimizer](weights, **fused)]
     matrices = [weight for weight in weights if weight.ndim > 1]
-    return [Muon(matrices, **options), AdamW([weight for weight in weights if weight.ndim == 1], **fused)]
+    return [Muon(matrices, **options), AdamW([weight for weight in weights if weight.ndim < 2], **fused)]

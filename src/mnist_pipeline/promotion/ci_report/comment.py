@@ -16,7 +16,8 @@ import jinja2
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text, sha256, write_text
-from mnist_pipeline.common.paths import MODEL, STUDIES
+from mnist_pipeline.common.paths import MODEL, RAW, STUDIES
+from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.promotion.ci_report.differences import PER_CLASS, Retraining
 from mnist_pipeline.promotion.ci_report.pictures import write_pictures
 from mnist_pipeline.promotion.ci_report.state import State, check_out
@@ -40,7 +41,7 @@ def write_ci_report(base: str, out: Path, log: Path | None = None, artifacts: st
     if artifacts and not re.fullmatch(r"https?://[^\s<>|`]+", artifacts):
         raise UserError(f"--artifacts must be an address that begins with https:// or http://, and is {artifacts!r}")
     head = State.load(Path())
-    after = head.read_results()
+    after = head.read_results().with_studies_on(load_digits(RAW, "test"))
     with tempfile.TemporaryDirectory() as temporary:
         commit = check_out(base, Path(temporary))
         base_state = State.load(Path(temporary)) if commit else None
@@ -65,7 +66,12 @@ def render_comment(run: Retraining) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # noqa: S701 (Markdown; `code` escapes)
     )
-    environment.filters |= {"code": code, "difference": _format_difference, "value": _format_value}
+    environment.filters |= {
+        "code": code,
+        "name": _format_name,
+        "difference": _format_difference,
+        "value": _format_value,
+    }
     metrics = run.changed_metrics()
     text = environment.get_template("comment.md.j2").render(
         run=run,
@@ -87,6 +93,11 @@ def code(value: object) -> str:
         character if character.isprintable() and character not in "`|\\" else "�" for character in str(value)
     )
     return f"`{text[: _MAX_CODE_LENGTH - 1] + '…' if len(text) > _MAX_CODE_LENGTH else text or ' '}`"
+
+
+def _format_name(name: str) -> str:
+    """Write the name of a class as it is, if it is a short word or number."""
+    return name if name.isalnum() and len(name) <= _MAX_CODE_LENGTH else code(name)
 
 
 def _pad_table(rows: str) -> str:

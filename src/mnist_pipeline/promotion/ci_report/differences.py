@@ -95,7 +95,7 @@ class Retraining:
     def confusions(self) -> list[list[tuple[int, int]]]:
         """Return the confusion matrix, label by prediction, as counts (base, this run); equal without a base."""
         after = self.after.confusion.tolist()
-        before = self.before.confusion.tolist() if self.before else after
+        before = self.before.confusion.tolist() if self.before and self.before.classes == self.after.classes else after
         return [list(zip(*counts, strict=True)) for counts in zip(before, after, strict=True)]
 
     def changed_mistakes(self) -> dict[str, list[tuple[ResultRow, ResultRow]]] | None:
@@ -121,7 +121,9 @@ class Retraining:
             return self.study.deviation(name)
         if "accuracy" not in name:
             return None
-        images = self.after.confusion.sum(axis=1)[int(name[-1])] if name.startswith(PER_CLASS) else total
+        images = total
+        if name.startswith(PER_CLASS):
+            images = self.after.confusion.sum(axis=1)[self.after.classes.index(name.removeprefix(PER_CLASS))]
         return math.sqrt(value * (1 - value) / float(images))
 
     def _is_studied(self, name: str) -> bool:
@@ -133,7 +135,7 @@ def _outputs(stage: dict[str, Any]) -> dict[str, object]:
     return {path["path"]: path.get("md5") for path in stage.get("outs", [])}
 
 
-def _labels(results: Results) -> dict[float, float]:
+def _labels(results: Results) -> dict[float, str]:
     return {row["index"]: row["label"] for row in results.predictions}
 
 

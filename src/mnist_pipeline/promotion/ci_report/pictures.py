@@ -30,7 +30,7 @@ def write_pictures(directory: Path, run: Retraining) -> None:
         if pairs:
             test = load_digits(RAW, "test")
             wrong = [old if kind == "mended" else new for old, new in pairs[:_MOST_DIGITS]]
-            captions = [f"{row['index']:.0f}: {row['label']:.0f} as {row['prediction']:.0f}" for row in wrong]
+            captions = [f"{row['index']:.0f}: {row['label']} as {row['prediction']}" for row in wrong]
             digits = [enlarge(test.pixels[int(row["index"])].numpy()) for row in wrong]
             _write_sheet(directory / f"{kind}.png", list(zip(captions, digits, strict=True)), columns=10)
 

@@ -171,7 +171,8 @@ def _follow(group: Group, params: Params) -> None:
     """Train as the stage does, and write nothing."""
     parts = load_training_data(RAW, ADDED, params.data, params.seed)
     digits, monitor = (part.tensors(params.data, group.device) for part in parts.values())
-    training = start_training(build_model(params.model, params.seed).to(group.device), params.train)
+    network = build_model(params.model, params.seed, len(params.data.classes)).to(group.device)
+    training = start_training(network, params.train)
     for _ in train_in_group(group, training, digits, monitor, params.train, params.seed):
         pass
 
