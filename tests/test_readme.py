@@ -104,3 +104,9 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), path
         assert not anchor or anchor in anchors(target), f"{path}#{anchor}"
+
+
+@each_page
+def test_every_change_of_code_that_it_shows_fits_the_code(page: Path) -> None:
+    for change in re.findall(r"^```diff\n(.*?)^```$", read(page), flags=re.MULTILINE | re.DOTALL):
+        subprocess.run(["git", "apply", "--check"], cwd=ROOT, input=change, text=True, check=True)

@@ -44,7 +44,7 @@ def check_params_command() -> None:
 
 
 @mnist.command("reproduce")
-@click.option("--record", is_flag=True, help="If all is identical, add this processor to reports/processors.csv.")
+@click.option("--record", is_flag=True, help="If all is identical, add this processor to the table in docs.")
 def reproduce_command(record: bool) -> None:
     """Run the pipeline of HEAD again and compare byte for byte.
 

@@ -118,6 +118,14 @@ BAD_FILES = {
     "rate beyond floats": (changed("train.learning_rate", "1e300"), ["train.learning_rate", "equal to 100", "1e+300"]),
     "too few channels": (changed("model.channels", "[6, 10]"), ["model.channels must be a list of 6, and has 2"]),
     "too many channels": (changed("model.channels", "[1,1,1,1,1,1,1]"), ["channels must be a list of 6, and has 7"]),
+    "one class": (changed("data.classes", "[Coat]"), ["data.classes must be 2 to 256 different names", "a list"]),
+    "two classes of one name": (changed("data.classes", "[Coat, Coat]"), ["data.classes must be", "different names"]),
+    "a class with a bar": (changed("data.classes", "[Coat, 'a|b']"), ["data.classes must be", "of letters and digits"]),
+    "a class that leads out": (changed("data.classes", "[Coat, ../x]"), ["data.classes must be", "letters and digits"]),
+    "a class without a name": (changed("data.classes", "[Coat, '']"), ["data.classes must be", "letters and digits"]),
+    "a class that is a truth": (changed("data.classes", "[Coat, true]"), ["data.classes.1 must be a valid string"]),
+    "a class of a long name": (changed("data.classes", f"[Coat, {60 * 'a'}]"), ["data.classes.1", "50 characters"]),
+    "a number of classes": (changed("data.classes", "10"), ["data.classes must be a valid list, and is 10"]),
     "growing rate": (changed("train.scheduler.gamma", "1.5"), ["train.scheduler.gamma", "less than or equal to 1"]),
     "steps of nothing": (changed("train.scheduler.step_size", "0"), ["train.scheduler.step_size", "equal to 1"]),
     "not a number": (changed("train.learning_rate", ".nan"), ["train.learning_rate", "finite number", "nan"]),
@@ -317,3 +325,8 @@ def test_a_value_is_what_dvc_takes_it_for(tmp_path: Path) -> None:
 def test_a_leading_zero_is_decimal(tmp_path: Path) -> None:
     changed("train.epochs", "010")(tmp_path / "params.yaml")
     assert load_params(tmp_path / "params.yaml").train.epochs == 10
+
+
+def test_numbers_are_names_of_classes_too(tmp_path: Path) -> None:
+    changed("data.classes", "[0, 1.5, T-shirt/top, 'Größe 7', St. Bernard]")(tmp_path / "params.yaml")
+    assert load_params(tmp_path / "params.yaml").data.classes == ["0", "1.5", "T-shirt/top", "Größe 7", "St. Bernard"]

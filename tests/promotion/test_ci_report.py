@@ -230,6 +230,19 @@ def test_the_confusion_matrix_holds_both(changed: Retraining) -> None:
             assert cell == (f"{old} → {new}" if old != new else str(new or "·"))
 
 
+def test_classes_have_their_names(tmp_path: Path, changed: Retraining) -> None:
+    names = ["Coat", "T-shirt/top", *"ABCDEFGH"]
+    before = replace(MadeUpRun.create(tmp_path / "before", wrong(5), classes=names).results, studies=[])
+    after = replace(MadeUpRun.create(tmp_path / "after", wrong(10), classes=names).results, studies=[])
+    report = render_comment(replace(changed, before=before, after=after))
+    label, prediction = names[LABELS[10]], names[(LABELS[10] + 1) % 10]
+    assert ["10", label, f"{label} (91.0%)", f"{prediction} (60.0%)"] in table(report, "Test image")
+    assert [row[0] for row in table(report, "", "Coat")][:3] == ["**Coat**", "**`T-shirt/top`**", "**A**"]
+    other = render_comment(replace(changed, before=changed.before, after=after))
+    assert [row[0] for row in table(other, "", "Coat")][0] == "**Coat**"
+    assert "The base was tested on other images" in other
+
+
 def test_mistakes_are_new_or_mended_the_surest_first(changed: Retraining) -> None:
     report = render_comment(changed)
     assert "**3 new, 1 mended.**" in report
@@ -315,7 +328,10 @@ def test_a_strangers_text_ends_neither_its_code_span_nor_its_cell(text: str) -> 
 def test_a_strangers_names_and_values_leave_the_report_as_it_is(changed: Retraining, text: str) -> None:
     train = {**stages()["train"], "cmd": text, "deps": [{"path": text, "md5": text}]}
     head = State(changed.head.directory, {text: text}, {text: train, "train": train})
-    after = replace(changed.after, metrics={**changed.after.metrics, text: text})
+    by_class = {**changed.after.metrics["test_per_class_accuracy"], text: 0.5}  # a class of that name
+    metrics = {**changed.after.metrics, text: text, "test_per_class_accuracy": by_class}
+    predictions = [{**row, "prediction": text} for row in changed.after.predictions]
+    after = replace(changed.after, metrics=metrics, predictions=predictions)
     verdicts = [Verdict("git tree", "clean", text, False)]
     report = render_comment(replace(changed, head=head, after=after, verdicts=verdicts))
     tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(report)

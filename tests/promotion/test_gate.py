@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner, Result
 from markdown_it import MarkdownIt
 from support import DATA, ROOT
+from support.clothes import write_clothes_model
 from support.stores import isolated_tracking
 from support.tables import table
 
@@ -254,6 +255,14 @@ def test_no_model_passes_beside_a_champion_that_cannot_be_tested(
     assert not found.acceptable
     assert said in found.reason
     assert len(found.reason.splitlines()) == 1
+
+
+def test_no_model_passes_beside_a_champion_of_other_classes(store: Store, tmp_path: Path, digits: Digits) -> None:
+    (tmp_path / "other").mkdir()
+    path = write_clothes_model(tmp_path / "other").rename(tmp_path / "other/model.safetensors")
+    crown(store, path, digits[:100])
+    reason = "version 1 has other classes: only another MLflow store can have another champion"
+    assert look_up_champion(digits, 100) == NoChampion(reason, acceptable=False)
 
 
 def test_no_model_passes_if_the_store_fails(store: Store, tmp_path: Path, digits: Digits) -> None:

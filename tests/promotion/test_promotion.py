@@ -117,7 +117,7 @@ def test_a_version_tells_who_promoted_it_why_and_with_which_metrics(workspace: W
         "became": "champion",
         "instead_of": "none",
         "by": "tests",
-        "commit": "none: not a commit of a git repository",
+        "commit": "none: fatal: not a git repository (or any of the parent directories): .git",
         "reason": "it is the first",
         "gate": "passed",
         "metrics": METRICS,

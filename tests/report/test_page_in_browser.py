@@ -72,7 +72,7 @@ def test_every_chart_is_drawn_on_any_screen(page: Page, address: str, width: int
 
 
 def test_a_dark_screen_gets_a_dark_page_with_light_charts_and_digits(report: Page) -> None:
-    text, digit = report.locator("#accuracy svg text").first, report.locator("#misclassified-digits img").first
+    text, digit = report.locator("#accuracy svg text").first, report.locator("#misclassified-images img").first
     looks = {}
     for scheme in ("light", "dark"):
         report.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
@@ -133,7 +133,7 @@ def test_every_section_is_reached_from_the_navigation(report: Page) -> None:
 
 
 def test_every_misclassified_digit_is_shown_as_pixels(report: Page) -> None:
-    images = report.locator("#misclassified-digits img")
+    images = report.locator("#misclassified-images img")
     expect(images).to_have_count(len(MISTAKES))
     assert images.evaluate_all("images => images.map(image => image.naturalWidth)") == [112] * len(MISTAKES)
 
@@ -157,7 +157,7 @@ def test_a_dark_screen_prints_all_of_the_page_black_on_white(report: Page, tmp_p
     report.emulate_media(media="print")
     expect(report.locator("nav")).to_be_hidden()
     assert max(int(number) for number in re.findall(r"\d+", colour_of(report.locator("body")))) < 100
-    assert colour_of(report.locator("#misclassified-digits img").first, "filter") == "none"
+    assert colour_of(report.locator("#misclassified-images img").first, "filter") == "none"
     assert width_of(report) == A4
     cut = report.locator(".table").evaluate_all("all => all.filter(one => one.scrollWidth > one.clientWidth).length")
     assert cut == 0

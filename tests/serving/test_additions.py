@@ -17,6 +17,7 @@ from mlflow.entities import Run
 from PIL import Image
 from support import DATA, ROOT
 from support.additions import IMAGES, LABELS, NEW, TEST, TRAIN, write_idx, write_picture, write_pictures
+from support.clothes import CLOTHES
 from support.repository import Repository
 
 from mnist_pipeline.cli import mnist
@@ -280,7 +281,7 @@ def test_a_command_succeeds(added: Story, name: str) -> None:
 
 @pytest.mark.pipeline
 def test_an_addition_is_counted_and_only_dvc_tracks_it(added: Story) -> None:
-    assert f"data/added/mine: 40 images; by class, 0 to 9: {NEW.per_class()}" in added.said("add")
+    assert f"data/added/mine: 40 images; by class, 0 to 9: {NEW.per_class(10)}" in added.said("add")
     assert added.said("git status") == "?? data/added/mine.dvc\n"
 
 
@@ -300,7 +301,7 @@ def test_a_run_records_all_training_images(added: Story) -> None:
 @pytest.mark.pipeline
 def test_the_report_says_how_many_were_added(added: Story) -> None:
     assert b"added" not in added.outputs["before"]["reports/report.md"]
-    assert b"| of these added to MNIST's | 40 | 0 |" in added.outputs["after"]["reports/report.md"]
+    assert b"| of these added | 40 | 0 |" in added.outputs["after"]["reports/report.md"]
     assert b"| `data/added/mine/train-images-idx3-ubyte` |" in added.outputs["after"]["reports/report.md"]
 
 
@@ -380,3 +381,15 @@ def test_a_test_image_that_was_added_by_hand_ends_the_training_in_one_line(share
 def test_an_addition_that_is_removed_leaves_no_trace(shared: Story) -> None:
     assert shared.outputs["without"] == shared.outputs["before"]
     assert "train" not in shared.executed("without")
+
+
+def test_pictures_of_other_classes_lie_in_directories_of_their_names(tmp_path: Path) -> None:
+    for name, label in (("T-shirt-top", 0), ("Ankle boot", 2)):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        Image.fromarray(NEW.pixels[label].numpy()).save(tmp_path / "mine" / name / "a.png")
+    digits, _ = read_labelled_digits(tmp_path / "mine", normalize=False, classes=CLOTHES)
+    assert digits.labels.tolist() == [2, 0]
+    assert torch.equal(digits.pixels, NEW.pixels[[2, 0]])
+    (tmp_path / "mine/7").mkdir()
+    with pytest.raises(UserError, match="directories named T-shirt-top, Trouser, Ankle boot with pictures"):
+        read_labelled_digits(tmp_path / "mine", normalize=False, classes=CLOTHES)

@@ -20,6 +20,7 @@ from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image
 from support import DATA, ROOT
+from support.clothes import CLOTHES, write_clothes_model
 
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
@@ -301,3 +302,21 @@ slow = {{"mlflow", "torchvision", "altair", "onnx", "onnxruntime", "fastapi", "p
 print(sorted(slow & set(sys.modules)))
 """
     assert python(pictures, program).stdout == "[]\n"
+
+
+def test_other_classes_are_named_and_their_pictures_stay_as_they_are(tmp_path: Path) -> None:
+    model = write_clothes_model(tmp_path)
+    pixels = np.tile(np.arange(28, dtype=np.uint8) * 9, (28, 1))  # bright to the right: no ink, no background
+    sizes = {"exact": Image.fromarray(pixels), "large": Image.fromarray(np.kron(pixels, np.ones((5, 5), np.uint8)))}
+    for name, picture in sizes.items():
+        picture.save(tmp_path / f"{name}.png")
+        picture.convert("RGBA").save(tmp_path / f"{name}-colours.png")
+    files = sorted(map(str, tmp_path.glob("*.png")))
+    result = mnist_predict(model, "--json", *files)
+    answers = json.loads(result.stdout)
+    assert len(answers) == 4
+    expected = Classifier(model).classify(pixels)
+    for answer in answers:
+        assert answer["name"] == CLOTHES[answer["digit"]] == expected.name
+        assert answer["probabilities"] == pytest.approx(expected.probabilities)
+    assert f"exact.png: {expected.name} (" in mnist_predict(model, *files).stdout

@@ -12,6 +12,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, Route, expect
 from support import DATA
 from support.browser import browser, page  # noqa: F401 (fixtures)
+from support.clothes import CLOTHES, write_clothes_model
 from support.running import running
 
 from mnist_pipeline.common.files import sha256
@@ -328,3 +329,17 @@ def test_bars_do_not_move_if_the_user_prefers_no_motion(draw_page: Page) -> None
     assert draw_page.evaluate(duration) == "0.16s"
     draw_page.emulate_media(reduced_motion="reduce")
     assert draw_page.evaluate(duration) == "0s"
+
+
+def test_a_model_of_other_classes_shows_their_names_and_reads_pictures_only(page: Page, tmp_path: Path) -> None:
+    with running(write_clothes_model(tmp_path)) as address:
+        page.goto(address)
+        expect(page.locator("h1")).to_have_text("Show an image")
+        expect(page.locator("#verdict")).to_have_text("Open, drop or paste an image.")
+        assert page.locator("#bars .digit").all_inner_texts() == CLOTHES
+        assert not page.locator("#clear").is_visible()
+        page.locator("#pad").click()  # draws nothing
+        upload(page, "image.png", png(np.full((28, 28), 90, np.uint8)))
+        winner = page.locator("[aria-current=true] .digit")
+        expect(winner).to_have_count(1)
+        expect(page.locator("#verdict")).to_have_text(re.compile(re.escape(winner.inner_text())))

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from support import ROOT
+from support.clothes import CLOTHES, write_clothes_model
 
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
@@ -79,3 +80,10 @@ def test_another_model_that_is_absent_is_an_error() -> None:
     result = mnist_info("--model", "other.safetensors")
     assert isinstance(result.exception, UserError)
     assert str(result.exception).startswith("other.safetensors is absent")
+
+
+def test_it_names_other_classes_than_the_digits(tmp_path: Path, trained_model: Path) -> None:
+    path = write_clothes_model(tmp_path)
+    assert f"It tells apart {', '.join(CLOTHES)}." in mnist_info("--model", str(path)).stdout.splitlines()
+    assert "tells apart" not in mnist_info("--model", str(trained_model)).stdout
+    assert json.loads(mnist_info("--json", "--model", str(path)).stdout)["classes"] == CLOTHES

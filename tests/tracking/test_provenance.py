@@ -90,6 +90,8 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "data.mean": 0.1307,
         "data.std": 0.3081,
         "data.max_class_ratio": 2.0,
+        "data.classes": [str(digit) for digit in range(10)],
+        "model.network": "convolutional",
         "model.channels": [6, 10, 16, 18, 32, 24],
         "model.bias": True,
         "model.activation": "relu",
