@@ -163,7 +163,8 @@ def _processes() -> str:
 def _processors() -> str:
     """List the processors on which `mnist reproduce` found all outputs identical."""
     header = ["processor", "its instruction sets beyond AVX2, which are not used", "cores"]
-    rows = [[row["processor"], row["beyond_avx2"], row["cores"]] for row in read_table(PROCESSORS)]
+    found = read_table(PROCESSORS) if PROCESSORS.exists() else []
+    rows = [[row["processor"], row["beyond_avx2"], row["cores"]] for row in found]
     return markdown_table(header, rows)
 
 
