@@ -4,10 +4,13 @@
 .PHONY: help setup cluster onnx dev scm pull repro backfill reproduce test test-all check lock ui portable bench diff readme
 
 PYTHON ?= python3
-INSTALL := PATH='$(PATH)' $(PYTHON) install.py
+export OUTER_PATH := $(PATH)
+INSTALL := PATH="$$OUTER_PATH" $(PYTHON) install.py
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MLFLOW_DISABLE_TELEMETRY := true
+export LOGNAME ?= $(shell id -un 2>/dev/null || id -u)
+unexport PYTHONOPTIMIZE PYTHONWARNINGS
 
 help: ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +67,7 @@ lock: dev ## update the lock files to the newest releases
 	@rm -rf .venv/lock && .ci/lock .venv/lock --upgrade && mv .venv/lock/* .
 
 ui: setup ## browse the runs in MLflow
+	@[ ! -e mlflow.db ] || python -c 'from mnist_pipeline.tracking.store import Store; Store()' # after a move
 	mlflow ui
 
 reproduce: setup ## train HEAD again in a temporary clone and compare byte for byte

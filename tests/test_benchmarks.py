@@ -55,10 +55,12 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
     """Run in this process what the bench would start others for, as a group of one; return the commands."""
     commands: list[Sequence[str]] = []
 
-    def run(command: Sequence[str], env: dict[str, str], **options: object) -> None:
+    def run(command: Sequence[str], env: dict[str, str], **options: object) -> Any:
         commands.append(command)
+        if options.get("stdout") == subprocess.PIPE:
+            return SimpleNamespace(stdout="1.5")  # the seconds of an epoch
         if command[0] != sys.executable:
-            return
+            return None
         _, kind, code, *arguments = command
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [kind, *arguments])
@@ -69,11 +71,12 @@ def no_processes(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
                 runpy.run_module(code, run_name="__main__")
             else:
                 exec(code, {})
+        return None
 
     def elastic_launch(config: object, work: Callable[[Params], Any]) -> Callable[[Params], list[Any]]:
         return lambda params: [work(params)]
 
-    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE))
     monkeypatch.setattr(scaling, "elastic_launch", elastic_launch)
     group_of_one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     for name, value in (group_of_one | {"TORCHELASTIC_RESTART_COUNT": "0"}).items():

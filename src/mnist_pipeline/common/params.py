@@ -128,6 +128,10 @@ class Params(Section):
     evaluate: EvaluateParams
     report: ReportParams
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let processes that train together get the params: the type depends on the network."""
+        return _restore_params, (self.model_dump(),)
+
 
 class _Composer(Composer):
     """Refuses anchors and aliases: a few lines of them can stand for gigabytes."""
@@ -205,6 +209,10 @@ def params_type(sections: Mapping[str, Any]) -> type[Params]:
         return Params  # which says what is wrong
     section = import_module("mnist_pipeline.model.network").network_params(name)
     return create_model("Params", __base__=Params, model=section)
+
+
+def _restore_params(sections: Mapping[str, Any]) -> Params:
+    return params_type(sections).model_validate(sections)
 
 
 def _parse_params(sections: Mapping[str, Any], path: Path) -> Params:

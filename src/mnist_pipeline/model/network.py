@@ -27,7 +27,7 @@ def network_errors(name: str) -> Iterator[None]:
     """Turn any error inside the block into a UserError that names the network's file and, if it is there, the line."""
     try:
         yield
-    except UserError:
+    except (UserError, OSError):  # a full disk is not the network's fault
         raise
     except Exception as error:
         file = str(Path(networks.__path__[0], f"{name}.py"))
