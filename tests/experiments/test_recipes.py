@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from support import ROOT
+from support.working_tree import git
 
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
@@ -70,6 +71,27 @@ def test_mnist_experiment_gives_dvc_the_recipe_and_then_its_own_arguments(argume
     assert "--set-param=model.bias=false" in arguments
     assert '--set-param=train.optimizer="muon"' in arguments
     assert arguments[-2:] == ["--set-param=seed=4", "--queue"]
+
+
+@pytest.mark.parametrize("option", ["--temp", "--queue"])
+def test_an_experiment_that_dvc_would_lose_in_a_shallow_clone_is_refused(
+    option: str, arguments_of_dvc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin, clone = tmp_path / "origin", tmp_path / "clone"
+    (origin / "experiments").mkdir(parents=True)
+    (origin / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    git("init", "--quiet", directory=origin)
+    for message in ("one", "two"):
+        git("add", "--all", directory=origin)
+        git("commit", "--quiet", "--allow-empty", "--message", message, directory=origin)
+    git("clone", "--quiet", "--depth", "1", origin.as_uri(), str(clone))
+    monkeypatch.chdir(clone)
+    ended = CliRunner().invoke(mnist, ["experiment", "specification", option])
+    assert isinstance(ended.exception, UserError)
+    assert "first `git fetch --unshallow`" in str(ended.exception)
+    assert not arguments_of_dvc.exists()
+    CliRunner().invoke(mnist, ["experiment", "specification"])
+    assert arguments_of_dvc.exists()
 
 
 def test_params_in_the_environment_override_the_recipe(arguments_of_dvc: Path) -> None:

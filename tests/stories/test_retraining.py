@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from support.additions import NEW, write_pictures
 from support.promoting import BOUNDS, Story
@@ -295,3 +296,28 @@ def test_other_data_pass_if_the_params_allow_them(story: Retraining) -> None:
 def test_a_rollback_brings_the_former_champion_back(story: Retraining) -> None:
     succeed(story.ended["rollback"])
     assert story.after["rollback"] == {"champion": BASE}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("side", ["HEAD", "MERGE_HEAD"])
+def test_two_branches_that_both_trained_merge_as_the_page_says(trained: Repository, tmp_path: Path, side: str) -> None:
+    repository = trained.copy(tmp_path / "repository")
+    branch = repository.run("git", "branch", "--show-current").stdout.strip()
+    repository.run("git", "branch", "other").check_returncode()
+    for name, key, value in (("other", "learning_rate", 0.01), (branch, "epochs", 1)):
+        repository.run("git", "checkout", "--quiet", name).check_returncode()
+        repository.dvc("checkout").check_returncode()
+        repository.set_param(key, value)
+        succeed(repository.dvc("repro"))
+        repository.commit()
+    merged = repository.run("git", "merge", "other")
+    assert "CONFLICT" in merged.stdout
+    succeed(repository.run("git", "checkout", side, "--", "dvc.lock", "reports"))
+    assert repository.run("git", "diff", "--name-only", "--diff-filter=U", "--", "params.yaml").stdout == ""
+    succeed(repository.dvc("repro"))
+    repository.run("git", "add", "--all").check_returncode()
+    repository.run("git", "commit", "--quiet", "--no-edit").check_returncode()
+    assert repository.dvc("status", "--quiet").returncode == 0
+    lock = yaml.safe_load((repository.root / "dvc.lock").read_text(encoding="utf-8"))
+    params = lock["stages"]["train"]["params"]["params.yaml"]["train"]
+    assert (params["epochs"], params["learning_rate"]) == (1, 0.01)

@@ -198,7 +198,7 @@ def test_if_dvc_is_killed_while_it_takes_the_model_the_training_is_one_run_of_al
     assert len(run.outputs.model_outputs) == 1
     assert run.data.tags["report.backfilled"] == "false"
     assert list(repository.root.glob(".checkpoints/*")) == []
-    assert not re.search(r"(?m)^\?\?", repository.run("git", "status", "--porcelain").stdout)
+    assert not re.search(r"(?m)^\?\? (.*/)?\.", repository.run("git", "status", "--porcelain").stdout)
 
 
 @pytest.mark.pipeline
