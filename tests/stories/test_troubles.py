@@ -71,32 +71,55 @@ def test_a_clone_has_the_same_bytes_whatever_git_does_with_line_endings(
     assert Repository(clone).run("git", "status", "--porcelain").stdout == ""
 
 
-# Terminals that cannot show everything, and none
+# Terminals that cannot show everything, and environments that lack something
 
-ANNOUNCE = """
-import sys
-from mnist_pipeline.common.errors import run
-run(lambda: (print("Zoë →"), sys.stderr.isatty()))
-"""
+
+def run_program(body: str, *redirections: str, options: tuple[str, ...] = (), **variables: str) -> Step:
+    """Run an expression as a program of ours, and print its value."""
+    program = "import getpass, sys, warnings; from mnist_pipeline.common.errors import run"
+    command = [sys.executable, *options, "-c", f"{program}; run(lambda: print({body}))"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("LNAME", "LOGNAME", "USER")}
+    ended = subprocess.run(
+        ["sh", "-c", f'exec "$@" {" ".join(redirections)}', "sh", *command],
+        env=environment | {"PYTHONPATH": str(ROOT / "src")} | variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="latin-1",
+        check=False,
+    )
+    return Step(ended, NOTHING)
 
 
 @pytest.mark.parametrize(
-    ("encoding", "said"), [("latin-1", b"Zo\xeb"), ("ascii", b"Zo\\xeb"), ("utf-8", "Zoë".encode())], ids=str
+    ("encoding", "said"), [("latin-1", r"Zoë \u2192"), ("ascii", r"Zo\xeb \u2192"), ("utf-8", "ZoÃ« â\x86\x92")]
 )
-def test_a_character_that_the_terminal_lacks_ends_no_training(encoding: str, said: bytes) -> None:
-    variables = os.environ | {"PYTHONPATH": "src", "PYTHONIOENCODING": encoding}
-    ended = subprocess.run([sys.executable, "-c", ANNOUNCE], cwd=ROOT, env=variables, capture_output=True, check=False)
-    assert (ended.returncode, ended.stderr) == (0, b"")
-    assert said in ended.stdout
-    assert ("→".encode() if encoding == "utf-8" else b"\\u2192") in ended.stdout
+def test_a_character_that_the_terminal_lacks_ends_no_program(encoding: str, said: str) -> None:
+    ended = run_program("'Zoë →'", PYTHONIOENCODING=encoding)
+    assert (ended.code, ended.said) == (0, f"{said}\n")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
-def test_a_closed_output_ends_no_training(closed: str) -> None:
-    command = f'exec "$0" -c "$1" {closed}'
-    variables = os.environ | {"PYTHONPATH": "src"}
-    ended = subprocess.run(["sh", "-c", command, sys.executable, ANNOUNCE], cwd=ROOT, env=variables, check=False)
-    assert ended.returncode == 0
+def test_a_closed_output_ends_no_program(closed: str) -> None:
+    assert run_program("sys.stderr.isatty()", closed).code == 0
+
+
+def test_a_user_without_a_name_gets_one_for_dvc(tmp_path: Path) -> None:
+    nobody = "import pwd\ndef getpwuid(uid): raise KeyError(uid)\npwd.getpwuid = getpwuid\n"
+    (tmp_path / "sitecustomize.py").write_text(nobody)
+    ended = run_program("getpass.getuser()", PYTHONPATH=f"{ROOT / 'src'}{os.pathsep}{tmp_path}")
+    assert (ended.code, ended.said) == (0, "unknown\n")
+
+
+def test_a_warning_of_a_library_is_no_error() -> None:
+    ended = run_program("warnings.warn('deprecated', DeprecationWarning)", PYTHONWARNINGS="error")
+    assert ended.code == 0
+    assert "DeprecationWarning: deprecated" in ended.said
+
+
+def test_python_without_docstrings_is_refused_in_one_line() -> None:
+    for ended in (run_program("1", PYTHONOPTIMIZE="2"), run_program("1", options=("-OO",))):
+        assert (ended.code, len(ended.said.splitlines())) == (1, 1)
+        assert ended.said.startswith("error: with PYTHONOPTIMIZE=2")
 
 
 # Without git, as from a source archive

@@ -20,7 +20,7 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
-from mnist_pipeline.common.errors import UserError, accept_any_output
+from mnist_pipeline.common.errors import UserError, set_up_process
 from mnist_pipeline.common.files import read_text, write_text
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.common.paths import ADDED, RAW
@@ -148,7 +148,7 @@ def _run_worker(stage: Stage, params: Params, identify: Identify, mistake: Path)
     """Run one of the processes. Write a user's mistake to a file, so that a restart does not repeat it."""
     if mistake.exists():
         return
-    accept_any_output()
+    set_up_process()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Python's own handler would wait for the other processes
     try:
         _take_part(stage, params, identify)
