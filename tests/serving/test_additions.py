@@ -125,7 +125,7 @@ REFUSED = {
     "a device": (special("7/odd.png", lambda path: path.symlink_to("/dev/zero")), ["odd.png: Not a regular file"]),
     "a terabyte": (special("7/odd.png", sparse), ["mine/7/odd.png: Larger than 200,000,000 bytes"]),
     "IDX in a pipe": (special(IMAGES, os.mkfifo), [f"mine/{IMAGES} cannot be read (Not a regular file)"]),
-    "IDX of a terabyte": (special(IMAGES, sparse), [f"mine/{IMAGES} cannot be read (Larger than 392,001,024 bytes)"]),
+    "IDX of a terabyte": (special(IMAGES, sparse), [f"mine/{IMAGES} cannot be read (Larger than 784,001,024 bytes)"]),
     "a name of two lines": (file("7/two\nlines\x1b[31m.png"), [r"mine/7/two\nlines\x1b[31m.png: this is no picture"]),
     "a copy with a name of two lines": (
         picture(TEST.pixels[12], name="7/two\nlines.png"),

@@ -15,8 +15,9 @@ from mnist_pipeline.common.params import Normalization
 
 DIGITS = list("0123456789")  # the names of the classes, if nothing else is said
 SIDE = 28  # pixels
-_MAX_DIGITS = 500_000  # in a file: EMNIST, the largest set of digits like MNIST's, has 280,000
+_MAX_IMAGES = 1_000_000  # in a file: EMNIST's largest has 697,932
 _MAX_HEADER = 4 + 4 * 255  # bytes
+MAX_IDX_BYTES = _MAX_HEADER + _MAX_IMAGES * SIDE * SIDE
 PREFIXES = {"train": "train", "test": "t10k"}
 FILES = [f"{prefix}-{kind}-ubyte" for prefix in PREFIXES.values() for kind in ("images-idx3", "labels-idx1")]
 
@@ -64,14 +65,14 @@ class Digits:
 NO_DIGITS = Digits(torch.empty(0, SIDE, SIDE, dtype=torch.uint8), torch.empty(0, dtype=torch.long))
 
 
-def _read_idx(path: Path, max_values: int) -> Tensor:
+def _read_idx(path: Path, max_bytes: int) -> Tensor:
     """Read an IDX file of unsigned bytes (format: yann.lecun.com/exdb/mnist, "FILE FORMATS FOR THE MNIST DATABASE").
 
     The header holds two zero bytes, the type (8 for unsigned bytes), the number of dimensions, and the size of each as
     four big-endian bytes. The values follow; the last dimension varies fastest.
     """
     try:
-        check_file(path, _MAX_HEADER + max_values)
+        check_file(path, max_bytes)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
@@ -96,7 +97,7 @@ def read_part(directory: Path, part: str) -> Digits:
     """
     images = directory / f"{PREFIXES[part]}-images-idx3-ubyte"
     labels = directory / f"{PREFIXES[part]}-labels-idx1-ubyte"
-    digits = Digits(_read_idx(images, _MAX_DIGITS * SIDE * SIDE), _read_idx(labels, _MAX_DIGITS).long())
+    digits = Digits(_read_idx(images, MAX_IDX_BYTES), _read_idx(labels, _MAX_HEADER + _MAX_IMAGES).long())
     if digits.pixels.shape[1:] != (SIDE, SIDE):
         raise UserError(
             f"{images} must hold images of {SIDE}×{SIDE} pixels, and has shape {tuple(digits.pixels.shape)}"

