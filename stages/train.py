@@ -27,13 +27,11 @@ def main(params: Params, train: TrainingLoop = train) -> None:
     digits, monitor = (part.tensors(params.data, device) for part in parts.values())
     training = prepare_training(digits, params.data, params.model, params.train, params.seed)
     checkpoint = Checkpoint(provenance.fingerprint)
-    interrupted_run = checkpoint.restore(training)
-    log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
-    with training_run(provenance, parts, training.model, training.history, interrupted_run) as tracked:
-        for result in train(training, digits, monitor, params.train, params.seed, log.on_batch):
+    with training_run(provenance, parts, training.model, training.history, checkpoint.restore(training)) as tracked:
+        log = TrainingLog(params.train, len(digits[1]), params.data.monitor_name, len(training.history) + 1)
+        for result in log.follow(train(training, digits, monitor, params.train, params.seed, log.on_batch)):
             checkpoint.save(training, tracked.id)
             tracked.log_epoch(result)
-            log.on_epoch(result)
         write_csv(HISTORY, [result.row() for result in training.history])
         save_model(training.network, MODEL, params.model, params.data)
         tracked.log_model(training.network, MODEL, example=monitor[0][:2])

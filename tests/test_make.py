@@ -77,9 +77,8 @@ class Project:
     variables: dict[str, str]
 
     def start(self, *arguments: str, **variables: str) -> "subprocess.Popen[str]":
-        kept = {
-            name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "TORCH", "GIT_"))
-        }
+        foreign = ("PIP_", "UV_", "TORCH", "GIT_", "MAKE", "MFLAGS")  # `make test` runs these tests
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         return subprocess.Popen(
             ["make", *arguments],
             cwd=self.root,

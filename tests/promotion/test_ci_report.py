@@ -230,6 +230,20 @@ def test_the_confusion_matrix_holds_both(changed: Retraining) -> None:
             assert cell == (f"{old} → {new}" if old != new else str(new or "·"))
 
 
+def test_classes_have_their_names(tmp_path: Path, changed: Retraining) -> None:
+    names = ["Coat", "T-shirt/top", *"ABCDEFGH"]
+    before = replace(MadeUpRun.create(tmp_path / "before", wrong(5), classes=names).results, studies=[])
+    after = replace(MadeUpRun.create(tmp_path / "after", wrong(10), classes=names).results, studies=[])
+    report = render_comment(replace(changed, before=before, after=after))
+    label, prediction = names[LABELS[10]], names[(LABELS[10] + 1) % 10]
+    mistakes = [row for found in tables(report) if found[0][0] == "Test image" for row in found]
+    assert ["10", label, f"{label} (91.0%)", f"{prediction} (60.0%)"] in mistakes
+    assert [row[0] for row in table(report, "", "Coat")][:3] == ["**Coat**", "**`T-shirt/top`**", "**A**"]
+    other = render_comment(replace(changed, before=changed.before, after=after))
+    assert next(row[0] for row in table(other, "", "Coat")) == "**Coat**"
+    assert "The base was tested on other images" in other
+
+
 def test_mistakes_are_new_or_mended_the_surest_first(changed: Retraining) -> None:
     report = render_comment(changed)
     assert "**3 new, 1 mended.**" in report

@@ -104,8 +104,7 @@ class MadeUpRun:
             for seed in range(3)
         ]
         write_csv(directory / "studies/specification.csv", seeds)
-        names = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv", "robustness.csv", "studies")
-        return cls(directory, params, digits, load_results(*(directory / name for name in names)))
+        return cls(directory, params, digits, load_results(directory))
 
     @cached_property
     def model(self) -> Net:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,12 @@ class TrainingLog:
         if number % 10 == 0 or number == self.batches - 1:  # reading a loss waits for the GPU
             self.bar.set_description(f"loss={loss.item():.6f} batch_id={number}", refresh=False)
         self.bar.update()
+
+    def follow(self, epochs: Iterator[EpochResult]) -> Iterator[EpochResult]:
+        """Yield the result of each epoch, and show it when the caller asks for the next: it is safe by then."""
+        for result in epochs:
+            yield result
+            self.on_epoch(result)
 
     def on_epoch(self, result: EpochResult) -> None:
         """Close the bar and print the epoch's scores, and the learning rate when it changes."""

@@ -43,8 +43,7 @@ class State:
         Raises:
             UserError: a file is absent.
         """
-        tables = (paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES)
-        return load_results(*(self.directory / path for path in tables))
+        return load_results(self.directory / paths.REPORTS)
 
     def outdated(self) -> list[str]:
         """Return the names of params, files and folders that changed after the stages read them."""

@@ -124,7 +124,7 @@ class SharedModel(nn.Module):
         # The gradients of weights for one channel have other strides, which say the same: that dimension's size is 1.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         # Every process computes the buffers itself.
-        self.replica = DistributedDataParallel(replica.train(), broadcast_buffers=False)
+        self.replica = DistributedDataParallel(replica.train(), forward_sync_buffers=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the log-probabilities (N, 10) of images (N, 1, 28, 28)."""
