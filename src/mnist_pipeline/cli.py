@@ -8,10 +8,13 @@ from pathlib import Path
 import click
 
 from mnist_pipeline.common import errors
-from mnist_pipeline.common.paths import MODEL, RAW
+from mnist_pipeline.common.paths import BEST, MODEL, RAW
 
 _PATH = click.Path(path_type=Path)
 _model_option = click.option("--model", type=_PATH, default=MODEL, help="The model file.")
+_answering_model_option = click.option(
+    "--model", type=_PATH, help=f"The model file. Default: models:/mnist@champion, else {MODEL}, else {BEST}."
+)
 _ray_option = click.option("--ray", metavar="HOST:PORT", help="Train in the Ray cluster whose head is at this address.")
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
@@ -95,6 +98,19 @@ def study_command(recipe: str, seeds: int, validation: bool, ray: str | None) ->
     run_study(recipe, seeds, validation, ray)
 
 
+@mnist.command("publish")
+@click.argument("recipe")
+def publish_command(recipe: str) -> None:
+    """Train seed 0 of a study again and put its model into models/.
+
+    The model must come out as the study's table records it, to the last byte. It is written to
+    models/RECIPE.safetensors with its params, commit, data digest and test figures: `mnist info --model` shows them.
+    """
+    from mnist_pipeline.experiments.publish import publish_model
+
+    publish_model(recipe)
+
+
 @mnist.command("sweep")
 @click.argument("space", type=_PATH)
 @click.option(
@@ -136,14 +152,30 @@ def ci_report_command(base: str, out: Path, log: Path | None, artifacts: str | N
 @mnist.command("serve")
 @click.option("--host", default="127.0.0.1", help="Where to listen.")
 @click.option("--port", default=8000, type=click.IntRange(0, 65535), help="The port; 0 takes any free one.")
+@_answering_model_option
 @click.option(
-    "--model", type=_PATH, help=f"The model file. Default: the champion, models:/mnist@champion, else {MODEL}."
+    "--keep", metavar="DIR", type=_PATH, help="Keep the pictures that are read, up to 10,000, and ask what they show."
 )
-def serve_command(host: str, port: int, model: Path | None) -> None:
+def serve_command(host: str, port: int, model: Path | None, keep: Path | None) -> None:
     """Serve a page to draw a digit on, and its API."""
     from mnist_pipeline.serving.service import run_service
 
-    run_service(host, port, model)
+    run_service(host, port, model, keep)
+
+
+@mnist.command("drift")
+@click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_json_option
+def drift_command(directory: Path, as_json: bool) -> None:
+    """Compare the pictures that `mnist serve --keep DIRECTORY` kept with the test images.
+
+    It compares how sure the network was, and which classes it read, and says whether they differ more than by chance.
+    """
+    from mnist_pipeline.common.params import load_params
+    from mnist_pipeline.serving.drift import measure_drift, render_drift
+
+    report = measure_drift(directory, load_params().data.classes)
+    print(_to_json(asdict(report)) if as_json else render_drift(report))
 
 
 @mnist.command("gate")
@@ -198,18 +230,23 @@ def add_command(source: Path, name: str | None, normalize: bool) -> None:
 
 @mnist.command("predict")
 @click.argument("files", metavar="FILE...", nargs=-1, required=True)
-@_model_option
+@_answering_model_option
 @_json_option
-def predict_command(files: tuple[str, ...], model: Path, as_json: bool) -> None:
+def predict_command(files: tuple[str, ...], model: Path | None, as_json: bool) -> None:
     """Read the digit in each picture; - is standard input.
 
     A picture is a drawing, a scan or a photo of one digit in any colours and size, dark on light or light on dark. For
-    one that cannot be read, print a line on standard error, go on with the others, and exit with 1 at the end.
+    one that cannot be read, print a line on standard error, go on with the others, and exit with 1 at the end. Without
+    --model, standard error also says which model answers.
     """
-    from mnist_pipeline.serving.classifier import Classifier, classify_files
+    from mnist_pipeline.serving.classifier import Classifier, classify_files, find_model
 
+    with find_model(model) as (path, source):
+        classifier = Classifier(path)
+    if model is None:
+        print(f"Read by {errors.printable(source)}:", file=sys.stderr, flush=True)
     answers = []
-    for name, prediction in classify_files(files, Classifier(model)):
+    for name, prediction in classify_files(files, classifier):
         answers.append({"file": name, **asdict(prediction)})
         if not as_json:
             print(f"{errors.printable(name)}: {prediction.name} ({prediction.probability:.1%})", flush=True)

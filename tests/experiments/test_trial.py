@@ -3,6 +3,7 @@
 A few lines stand in for the stage, so that no network is trained.
 """
 
+import hashlib
 import multiprocessing
 import time
 from collections.abc import Callable
@@ -20,9 +21,10 @@ TRAINING = f"""
 import os, pathlib, signal, time
 here = pathlib.Path(os.environ["DVC_ROOT"])
 def trains(): (here / "started").open("a").write("x")
-def writes_history():
-    os.makedirs("reports", exist_ok=True)
-    pathlib.Path("reports/history.csv").write_text({HISTORY!r})
+def writes_outputs():
+    for path, text in (("reports/history.csv", {HISTORY!r}), ("models/model.safetensors", "trained")):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        pathlib.Path(path).write_text(text)
 def waits_for(name):
     while not (here / name).exists(): time.sleep(0.01)
 def is_terminated(*_): (here / "terminated").touch(); raise SystemExit(1)
@@ -51,11 +53,13 @@ def test_a_trial_takes_one_core(params: Params) -> None:
 
 
 def test_a_trial_yields_its_curve_and_then_its_row(start: Callable[[str], TrialProgress]) -> None:
-    *curve, row = [step for step in start("writes_history()") if step]
+    *curve, row = [step for step in start("writes_outputs()") if step]
     assert curve == [EpochScore(1, 0.5, 0.9), EpochScore(2, 0.75, 0.5)]
     assert isinstance(row, dict)
-    assert list(row) == ["seed", "epochs", "seconds", "monitor_accuracy", "monitor_loss"]
-    assert (row["seed"], row["monitor_accuracy"], row["monitor_loss"]) == ("0", "0.75", "0.5")
+    assert float(row.pop("seconds")) > 0
+    digest = hashlib.sha256(b"trained").hexdigest()
+    expected = {"seed": "0", "epochs": "14", "monitor_accuracy": "0.75", "monitor_loss": "0.5", "model_sha256": digest}
+    assert row == expected
 
 
 def test_a_stage_that_fails_is_an_error_with_its_last_line(start: Callable[[str], TrialProgress]) -> None:
@@ -74,7 +78,7 @@ def test_closing_a_trial_terminates_its_training(start: Callable[[str], TrialPro
 def test_while_a_second_process_has_taken_the_lock_over_a_third_waits(
     start: Callable[[str], TrialProgress], tmp_path: Path
 ) -> None:
-    line = "trains(); waits_for(f'permission{(here / \"started\").stat().st_size}'); writes_history()"
+    line = "trains(); waits_for(f'permission{(here / \"started\").stat().st_size}'); writes_outputs()"
     first, second = start(line), start(line)
     wait_for(lambda: next(first) is None and (tmp_path / "started").exists())
     assert next(second) is None
@@ -96,7 +100,7 @@ def test_while_a_second_process_has_taken_the_lock_over_a_third_waits(
 def test_a_training_that_outlives_its_killed_study_is_waited_for(
     start: Callable[[str], TrialProgress], tmp_path: Path
 ) -> None:
-    line = "trains(); waits_for('permission'); writes_history()"
+    line = "trains(); waits_for('permission'); writes_outputs()"
     killed = multiprocessing.get_context("fork").Process(target=lambda: list(start(line)))
     killed.start()
     wait_for((tmp_path / "started").exists)

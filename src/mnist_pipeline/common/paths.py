@@ -16,6 +16,7 @@ ADDED = Path("data/added")  # digits to train on in addition to MNIST; DVC track
 CHECKPOINTS = Path(".checkpoints")  # of interrupted trainings; outside all outputs, which DVC deletes
 
 MODEL = Path("models/model.safetensors")
+BEST = Path("models/best.safetensors")  # of the recipe *best*; `mnist publish` writes it, and git keeps it
 
 REPORTS = Path("reports")
 HISTORY = REPORTS / "history.csv"

@@ -15,7 +15,7 @@ from mnist_pipeline.report.studies import MEASURES, TEST_SHA256, VALIDATION_SUFF
 from mnist_pipeline.tracking.provenance import trace
 
 # Columns of a study's table that say what a row was made from.
-_PARAMS, _TRAINING, _EVALUATION = "params_sha256", "fingerprint", "evaluation_fingerprint"
+PARAMS_SHA256, _TRAINING, _EVALUATION = "params_sha256", "fingerprint", "evaluation_fingerprint"
 
 
 def run_study(recipe: str, seeds: int, validation: bool, ray_address: str | None = None) -> None:
@@ -66,7 +66,7 @@ class _StudyTable:
         self.rows = {
             seed: row
             for seed, row in in_file.items()
-            if row.get(_PARAMS) == self.origins[seed][_PARAMS] and {*self.measures, _TRAINING} <= row.keys()
+            if row.get(PARAMS_SHA256) == self.origins[seed][PARAMS_SHA256] and {*self.measures, _TRAINING} <= row.keys()
         }
         if dropped := len(in_file) - len(self.rows):
             print(f"{self.path}: {dropped} rows have other params or measures and are dropped")
@@ -74,7 +74,7 @@ class _StudyTable:
     def _origin(self, params: Params) -> StudyRow:
         """Return the columns that identify the params of a row and everything that its stages read."""
         training = trace("train", params)
-        origin = {_PARAMS: training.params_sha256, _TRAINING: training.fingerprint, **self.tested}
+        origin = {PARAMS_SHA256: training.params_sha256, _TRAINING: training.fingerprint, **self.tested}
         if "evaluate" in self.stages:
             origin[_EVALUATION] = trace("evaluate", params, without=[MODEL]).fingerprint
         return origin
@@ -119,5 +119,5 @@ class _StudyTable:
 
 def _figures(row: StudyRow) -> StudyRow:
     """Return the columns that the same training gives again, to the last digit."""
-    others = {_PARAMS, _TRAINING, _EVALUATION, TEST_SHA256, "seconds"}
+    others = {PARAMS_SHA256, _TRAINING, _EVALUATION, TEST_SHA256, "seconds"}
     return {name: value for name, value in row.items() if name not in others}

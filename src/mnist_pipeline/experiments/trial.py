@@ -19,9 +19,9 @@ from typing import IO, Any, NamedTuple
 from filelock import lock_descriptor
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import read_csv, read_text, write_json
+from mnist_pipeline.common.files import read_csv, read_text, sha256, write_json
 from mnist_pipeline.common.params import Params
-from mnist_pipeline.common.paths import ADDED, HISTORY, METRICS, PARAMS, PIPELINE, RAW
+from mnist_pipeline.common.paths import ADDED, HISTORY, METRICS, MODEL, PARAMS, PIPELINE, RAW
 from mnist_pipeline.report.studies import MEASURES
 from mnist_pipeline.tracking.git import GitError, clone_repository
 from mnist_pipeline.tracking.provenance import trace
@@ -39,12 +39,16 @@ class TrialError(UserError):
 
 @dataclass(frozen=True)
 class Trial:
-    """The stages to run, their params, the trial's name, and the id of the MLflow run that it belongs to."""
+    """The stages to run, their params, the trial's name, and the id of the MLflow run that it belongs to.
+
+    On this machine a trial can leave its model in a file, `model`.
+    """
 
     name: str
     params: Params
     stages: Sequence[str]
     parent: str | None
+    model: Path | None = None
 
 
 class EpochScore(NamedTuple):
@@ -104,6 +108,9 @@ def _run_stages(trial: Trial, environment: Mapping[str, str], checkpoint: Checkp
         if "evaluate" in trial.stages:
             metrics = json.loads(read_text(copy / METRICS))
             row |= {measure: metrics[measure] for measure in MEASURES}
+        row["model_sha256"] = sha256(copy / MODEL)
+        if trial.model:
+            shutil.copy(copy / MODEL, trial.model)
         try:
             yield {name: str(value) for name, value in row.items()}
         finally:

@@ -18,6 +18,7 @@ from mnist_pipeline.common.params import load_params
 from mnist_pipeline.common.paths import ADDED, RAW
 from mnist_pipeline.data.digits import DIGITS, FILES, SIDE, Digits, read_part
 from mnist_pipeline.data.training_set import check_additions, read_additions
+from mnist_pipeline.serving.kept import UNLABELLED, directory_of
 from mnist_pipeline.serving.preprocessing import (
     MAX_BYTES,
     name_in_errors,
@@ -68,8 +69,8 @@ def read_labelled_digits(source: Path, normalize: bool, classes: Sequence[str] =
     if (source / _IMAGES).exists():
         digits = read_part(source, "train")
         return digits, [f"{source / _IMAGES}: image {index}" for index in range(len(digits))]
-    labels = {name.replace("/", "-"): label for label, name in enumerate(classes)}  # a directory's name has no /
-    directories = sorted(source.glob("[!.]*"))
+    labels = {directory_of(name): label for label, name in enumerate(classes)}
+    directories = sorted(path for path in source.glob("[!.]*") if path.name != UNLABELLED)
     wanted = "directories 0 to 9" if classes == DIGITS else f"directories named {', '.join(labels)}"
     if unknown := [path for path in directories if path.name not in labels]:
         raise UserError(f"{unknown[0]} is unknown: {source} must hold {wanted} with pictures, or {_IMAGES}")

@@ -1,9 +1,11 @@
 """A trained network that reads one digit at a time."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import BinaryIO, cast
 
 import click
@@ -13,6 +15,7 @@ from numpy.typing import NDArray
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import check_file
+from mnist_pipeline.common.paths import BEST, MODEL
 from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.serving.preprocessing import MAX_BYTES, name_in_errors, open_image, to_network_image
@@ -52,6 +55,23 @@ class Classifier:
         """Read a picture of any size; return also the pixels (28, 28) that the network got."""
         pixels = to_network_image(open_image(picture), self.model.classes)
         return self.classify(pixels), pixels
+
+
+@contextmanager
+def find_model(path: Path | None) -> Generator[tuple[Path, str]]:
+    """Return the model file to answer with, and what it is called.
+
+    Without a path it is the registry's champion, or else the train stage's model, or else the published *best*.
+    """
+    with TemporaryDirectory() as directory:
+        if path is None:
+            from mnist_pipeline.tracking.registry import fetch_champion
+
+            path = MODEL if MODEL.exists() or not BEST.exists() else BEST
+            path, source = fetch_champion(Path(directory)) or (path, str(path))
+        else:
+            source = str(path)
+        yield path, source
 
 
 def classify_files(files: Sequence[str], classifier: Classifier) -> Iterator[tuple[str, Prediction]]:

@@ -1,11 +1,14 @@
 """Describe a model file (`mnist info`): its digest, its normalisation, its network layer by layer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
+from mnist_pipeline.common.errors import printable
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.params import Normalization, load_params
 from mnist_pipeline.common.paths import MODEL, PARAMS
@@ -25,6 +28,7 @@ class ModelInfo:
     parameters: int
     layers: list[Layer]
     classes: list[str]
+    origin: Mapping[str, Any] | None  # of a published model
 
 
 def read_model_info(path: Path) -> ModelInfo:
@@ -47,6 +51,7 @@ def read_model_info(path: Path) -> ModelInfo:
         sum(layer.parameters for layer in layers),
         layers,
         model.classes,
+        model.origin.model_dump() if model.origin else None,
     )
 
 
@@ -75,5 +80,21 @@ def render_model_info(info: ModelInfo) -> str:
         disable_numparse=True,
         colalign=("left", "left", "left", "right", "right"),
     )
-    classes = "" if info.classes == DIGITS else f"\nIt tells apart {', '.join(info.classes)}."
-    return f"{file}{classes}\nPixels (0 to 1) are normalised: minus the mean {mean:g}, divided by {std:g}.\n\n{table}"
+    said = [file]
+    if info.origin:
+        said += _describe(info.origin)
+    if info.classes != DIGITS:
+        said.append(f"It tells apart {', '.join(info.classes)}.")
+    said.append(f"Pixels (0 to 1) are normalised: minus the mean {mean:g}, divided by {std:g}.")
+    return "\n".join([*said, "", table])
+
+
+def _describe(origin: Mapping[str, Any]) -> list[str]:
+    """Say how good a published model is, and how to train it again."""
+    recipe, commit, digest = (printable(origin[name]) for name in ("recipe", "git_commit", "model_sha256"))
+    accuracy = origin["figures"].get("test_accuracy", math.nan)
+    return [
+        f"Seed 0 of the recipe {recipe}: {accuracy:.2%} of the test images are right.",
+        f"At commit {commit[:12]}, `mnist experiment {recipe} -S threads=1` trains it again:",
+        f"{MODEL} then has the SHA-256 {digest}.",
+    ]

@@ -17,7 +17,6 @@ from importlib.metadata import version
 from importlib.resources import files
 from ipaddress import ip_address
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
 
 import numpy as np
@@ -34,10 +33,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mnist_pipeline.common.errors import UserError, printable
 from mnist_pipeline.common.files import sha256
-from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.network import count_parameters
-from mnist_pipeline.serving.classifier import Classifier
+from mnist_pipeline.serving.classifier import Classifier, find_model
+from mnist_pipeline.serving.kept import KeptPictures
 from mnist_pipeline.serving.preprocessing import PICTURE_FORMATS
 
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
@@ -63,6 +62,7 @@ class HealthResponse(BaseModel):
 
     status: Literal["ok"]
     model: ServedModel
+    keeps: bool  # whether it keeps the pictures that it reads
 
 
 class PredictResponse(BaseModel):
@@ -74,6 +74,7 @@ class PredictResponse(BaseModel):
     name: str
     image: Annotated[str, Field(description=f"{SIDE}×{SIDE} grey pixels, a PNG as a data URI")]
     model: ServedModel
+    kept: Annotated[str | None, Field(description="The picture's name in /kept, if the service keeps pictures")]
 
 
 class ErrorResponse(BaseModel):
@@ -82,8 +83,13 @@ class ErrorResponse(BaseModel):
     detail: str
 
 
-def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] = LOOPBACK) -> FastAPI:
-    """Build the service. It answers only requests to the given host names, which prevents DNS rebinding."""
+def create_app(
+    classifier: Classifier, model: ServedModel, hosts: Sequence[str] = LOOPBACK, kept: KeptPictures | None = None
+) -> FastAPI:
+    """Build the service, which may keep the pictures that it reads.
+
+    It answers only requests to the given host names, which prevents DNS rebinding.
+    """
     app = FastAPI(
         title="Handwritten digits",
         version=version("mnist-pipeline"),
@@ -98,9 +104,10 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
     page, headers = _load_page(classifier.model.classes)
     limiters = {False: CapacityLimiter(_DECODERS), True: CapacityLimiter(1)}
 
-    def answer(body: bytes) -> PredictResponse:
+    def answer(body: bytes, keep: bool) -> PredictResponse:
         prediction, pixels = classifier.read(body)
-        return PredictResponse(**vars(prediction), image=_encode_png(pixels), model=model)
+        name = kept.add(pixels, prediction, model.sha256) if kept and keep else None
+        return PredictResponse(**vars(prediction), image=_encode_png(pixels), model=model, kept=name)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     def show_page() -> Response:
@@ -108,7 +115,7 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
 
     @app.get("/healthz", summary="Check that the service is up, and see which model answers")
     def healthz() -> HealthResponse:
-        return HealthResponse(status="ok", model=model)
+        return HealthResponse(status="ok", model=model, keeps=kept is not None)
 
     @app.post(
         "/predict",
@@ -125,9 +132,22 @@ def create_app(classifier: Classifier, model: ServedModel, hosts: Sequence[str] 
             422: {"model": ErrorResponse, "description": "Not an image, too many pixels, or no digit in it"},
         },
     )
-    async def predict(request: Request) -> PredictResponse:
+    async def predict(request: Request, draft: bool = False) -> PredictResponse:
+        """Read the digit in an image. The picture of a draft is never kept."""
         body = await _read_body(request)
-        return await to_thread.run_sync(answer, body, limiter=limiters[_is_slow(body)])
+        # Another site's page can send pictures here; a browser says so.
+        keep = not draft and request.headers.get("sec-fetch-site", "same-origin") == "same-origin"
+        return await to_thread.run_sync(answer, body, keep, limiter=limiters[_is_slow(body)])
+
+    @app.put(
+        "/kept/{name}",
+        summary="Say what a kept picture shows",
+        status_code=204,
+        responses={404: {"model": ErrorResponse, "description": "No such picture, or no such class"}},
+    )
+    def label(name: str, label: int) -> None:
+        if not (kept and kept.label(name, label)):
+            raise HTTPException(404, "there is no such picture, or no such class")
 
     @app.exception_handler(UserError)
     def refuse(request: Request, error: UserError) -> Response:
@@ -247,36 +267,34 @@ def _load_page(classes: list[str]) -> tuple[str, dict[str, str]]:
 
 
 def load_classifier(path: Path | None) -> tuple[Classifier, ServedModel]:
-    """Load the model in a file. Without a path, load the registry's champion, or else what the train stage wrote.
+    """Load the model in a file, or the one that `find_model` chooses.
 
     Raises:
         UserError: the file is absent, or is not a model.
     """
-    with TemporaryDirectory() as directory:
-        if path is None:
-            from mnist_pipeline.tracking.registry import fetch_champion
-
-            path, source = fetch_champion(Path(directory)) or (MODEL, str(MODEL))
-        else:
-            source = str(path)
-        classifier = Classifier(path)
+    with find_model(path) as (file, source):
+        classifier = Classifier(file)
         parameters = count_parameters(classifier.model.network)
-        return classifier, ServedModel(source=source, sha256=sha256(path), parameters=parameters)
+        return classifier, ServedModel(source=source, sha256=sha256(file), parameters=parameters)
 
 
-def run_service(host: str, port: int, path: Path | None) -> None:
+def run_service(host: str, port: int, path: Path | None, keep: Path | None = None) -> None:
     """Serve the page and the API until Ctrl-C or SIGTERM; port 0 stands for any free port.
 
+    Pictures that are read are kept in the directory `keep`, if it is given.
+
     Raises:
-        UserError: there is no model, or the address is not free.
+        UserError: there is no model, the address is not free, or the directory cannot be written to.
     """
     sys.setswitchinterval(0.0005)  # the thread that answers requests waits less for those that compute
     with suppress(KeyboardInterrupt), open_socket(host, port) as listening:
         classifier, model = load_classifier(path)
         classifier.classify(np.zeros((SIDE, SIDE), np.uint8))  # the first call is slow
-        app = create_app(classifier, model, allowed_hosts(host))
+        kept = KeptPictures(keep, classifier.model.classes) if keep else None
+        app = create_app(classifier, model, allowed_hosts(host), kept)
         address = f"http://{_in_url(host)}:{listening.getsockname()[1]}"
-        print(f"Serving {printable(model.source)} (SHA-256 {model.sha256[:12]}) at {address}", flush=True)
+        keeping = printable(f", keeping pictures in {keep}") if keep else ""
+        print(f"Serving {printable(model.source)} (SHA-256 {model.sha256[:12]}) at {address}{keeping}", flush=True)
         uvicorn.Server(configure(app)).run([listening])
 
 
