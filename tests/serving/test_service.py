@@ -99,7 +99,7 @@ def test_it_opens_any_format_whatever_the_content_type(client: httpx.Client, dig
 
 def test_it_says_which_model_answers(client: httpx.Client, trained_model: Path, three: bytes) -> None:
     model = {"source": str(trained_model), "sha256": sha256(trained_model), "parameters": 19210}
-    assert client.get("/healthz").json() == {"status": "ok", "model": model}
+    assert client.get("/healthz").json() == {"status": "ok", "model": model, "keeps": False}
     assert client.post("/predict", content=three).json()["model"] == model
 
 
