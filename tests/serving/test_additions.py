@@ -301,7 +301,7 @@ def test_a_run_records_all_training_images(added: Story) -> None:
 @pytest.mark.pipeline
 def test_the_report_says_how_many_were_added(added: Story) -> None:
     assert b"added" not in added.outputs["before"]["reports/report.md"]
-    assert b"| of these added | 40 |" in added.outputs["after"]["reports/report.md"]
+    assert b"| of these added | 40 |\n" in added.outputs["after"]["reports/report.md"]
     assert b"| `data/added/mine/train-images-idx3-ubyte` |" in added.outputs["after"]["reports/report.md"]
 
 
