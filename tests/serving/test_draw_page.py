@@ -343,3 +343,23 @@ def test_a_model_of_other_classes_shows_their_names_and_reads_pictures_only(page
         winner = page.locator("[aria-current=true] .digit")
         expect(winner).to_have_count(1)
         expect(page.locator("#verdict")).to_have_text(re.compile(re.escape(winner.inner_text())))
+
+
+def test_the_page_asks_what_a_kept_picture_shows(
+    page: Page, trained_model: Path, digits: dict[int, Pixels], tmp_path: Path
+) -> None:
+    with running(trained_model, keep=tmp_path) as address:
+        page.goto(address)
+        draw(page, digits[3])
+        page.get_by_role("button", name="8", exact=True).click()
+        expect(page.locator("#thanks")).to_have_text("Thank you.")
+        assert [path.parent.name for path in tmp_path.glob("*/*.png")] == ["8"]  # once, not at each stroke
+        page.locator("#clear").click()
+        expect(page.locator("#question")).to_be_hidden()
+
+
+def test_without_keeping_it_asks_nothing(draw_page: Page, digits: dict[int, Pixels]) -> None:
+    draw(draw_page, digits[3])
+    draw_page.wait_for_timeout(1500)
+    expect_digit(draw_page, 3)
+    expect(draw_page.locator("#question")).to_be_hidden()

@@ -7,14 +7,17 @@ from threading import Thread
 
 import uvicorn
 
+from mnist_pipeline.data.digits import DIGITS
+from mnist_pipeline.serving.kept import KeptPictures
 from mnist_pipeline.serving.service import configure, create_app, load_classifier, open_socket
 
 
 @contextmanager
-def running(model: Path) -> Iterator[str]:
-    """Serve a model file inside the block; yields the address."""
+def running(model: Path, keep: Path | None = None) -> Iterator[str]:
+    """Serve a model file inside the block, and keep pictures if a directory is given; yields the address."""
+    kept = KeptPictures(keep, DIGITS) if keep else None
     with open_socket("127.0.0.1", 0) as listening:
-        server = uvicorn.Server(configure(create_app(*load_classifier(model))))
+        server = uvicorn.Server(configure(create_app(*load_classifier(model), kept=kept)))
         thread = Thread(target=server.run, args=([listening],))
         thread.start()
         try:
