@@ -14,7 +14,17 @@ from typing import Any
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import read_table, read_text, write_text
 from mnist_pipeline.common.params import load_params
-from mnist_pipeline.common.paths import BENCH, DIFF, PROCESSORS
+from mnist_pipeline.common.paths import (
+    BENCH,
+    CALIBRATION,
+    DIFF,
+    HISTORY,
+    METRICS,
+    PREDICTIONS,
+    PROCESSORS,
+    ROBUSTNESS,
+    STUDIES,
+)
 from mnist_pipeline.report import published
 from mnist_pipeline.report.comparison import compare_results
 from mnist_pipeline.report.results import load_results
@@ -61,7 +71,7 @@ def renew(page: str) -> str:
 
 def _results() -> str:
     """Compare the main figures in reports/ with the specification's, and say how precise they are."""
-    found = load_results()
+    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
     rows = compare_results(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)

@@ -25,7 +25,8 @@ def main() -> None:
     digits = {part: load_digits(paths.RAW, part) for part in ("train", "test")}
     digits["added"] = load_additions(paths.ADDED, paths.RAW, params.data)
     model = load_model(paths.MODEL).network
-    results = load_results().with_studies_on(digits["test"])
+    tables = paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
+    results = load_results(*tables).with_studies_on(digits["test"])
     charts = draw_charts(results, model, params, digits)
     write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
     files = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*")), paths.MODEL]

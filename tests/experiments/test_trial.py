@@ -56,9 +56,9 @@ def test_a_trial_yields_its_curve_and_then_its_row(start: Callable[[str], TrialP
     *curve, row = [step for step in start("writes_outputs()") if step]
     assert curve == [EpochScore(1, 0.5, 0.9), EpochScore(2, 0.75, 0.5)]
     assert isinstance(row, dict)
-    assert float(row.pop("seconds")) > 0
+    assert 0 <= float(row.pop("seconds")) < 60
     digest = hashlib.sha256(b"trained").hexdigest()
-    expected = {"seed": "0", "epochs": "14", "monitor_accuracy": "0.75", "monitor_loss": "0.5", "model_sha256": digest}
+    expected = {"seed": "0", "epochs": "2", "monitor_accuracy": "0.75", "monitor_loss": "0.5", "model_sha256": digest}
     assert row == expected
 
 

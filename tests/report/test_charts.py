@@ -185,12 +185,14 @@ def test_a_font_of_the_system_changes_no_chart(tmp_path: Path) -> None:
     for name in found["name"].names:
         if name.nameID in (1, 16):  # the family
             name.string = "Liberation Sans"
-    (tmp_path / "with font/.fonts").mkdir(parents=True)
-    (tmp_path / "without").mkdir()
-    found.save(tmp_path / "with font/.fonts/font.ttf")
+    for system in ("with font", "without"):  # each has these fonts alone, whatever is installed here
+        (tmp_path / system).mkdir()
+        fonts = f"<fontconfig><dir>{tmp_path / system}</dir></fontconfig>"
+        (tmp_path / f"{system}.conf").write_text(f'<?xml version="1.0"?>{fonts}')
+    found.save(tmp_path / "with font/font.ttf")
 
-    def draw(home: str, name: str) -> bytes:
-        environment = {"HOME": str(tmp_path / home), "PYTHONPATH": str(ROOT / "src")}
+    def draw(system: str, name: str) -> bytes:
+        environment = {"FONTCONFIG_FILE": str(tmp_path / f"{system}.conf"), "PYTHONPATH": str(ROOT / "src")}
         subprocess.run([sys.executable, "-c", DRAW, name], cwd=tmp_path, env=environment, check=True)
         return (tmp_path / name).read_bytes()
 

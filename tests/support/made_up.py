@@ -104,7 +104,8 @@ class MadeUpRun:
             for seed in range(3)
         ]
         write_csv(directory / "studies/specification.csv", seeds)
-        return cls(directory, params, digits, load_results(directory))
+        names = ("history.csv", "metrics.json", "predictions.csv", "calibration.csv", "robustness.csv", "studies")
+        return cls(directory, params, digits, load_results(*(directory / name for name in names)))
 
     @cached_property
     def model(self) -> Net:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mnist_pipeline.common import paths
 from mnist_pipeline.common.files import read_csv, read_table, read_text
 from mnist_pipeline.data.digits import Digits
 from mnist_pipeline.evaluation.metrics import SCORES, family_means
@@ -69,18 +68,19 @@ class Results:
         return [(*kind, count) for kind, count in ranked]
 
 
-def load_results(directory: Path = paths.REPORTS) -> Results:
-    """Read what the earlier stages and the studies wrote into a directory.
+def load_results(
+    history: Path, metrics: Path, predictions: Path, calibration: Path, robustness: Path, studies: Path
+) -> Results:
+    """Read what the earlier stages and the studies wrote.
 
     Raises:
         UserError: a file is absent.
     """
-    predictions, robustness = (read_table(directory / path.name) for path in (paths.PREDICTIONS, paths.ROBUSTNESS))
     return Results(
-        read_csv(directory / paths.HISTORY.name),
-        json.loads(read_text(directory / paths.METRICS.name)),
-        [row | {name: float(row[name]) for name in ("index", "probability")} for row in predictions],
-        read_csv(directory / paths.CALIBRATION.name),
-        [row | {name: float(row[name]) for name in SCORES} for row in robustness],
-        load_studies(directory / paths.STUDIES.name),
+        read_csv(history),
+        json.loads(read_text(metrics)),
+        [row | {name: float(row[name]) for name in ("index", "probability")} for row in read_table(predictions)],
+        read_csv(calibration),
+        [row | {name: float(row[name]) for name in SCORES} for row in read_table(robustness)],
+        load_studies(studies),
     )

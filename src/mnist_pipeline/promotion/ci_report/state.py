@@ -43,7 +43,8 @@ class State:
         Raises:
             UserError: a file is absent.
         """
-        return load_results(self.directory / paths.REPORTS)
+        tables = (paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES)
+        return load_results(*(self.directory / path for path in tables))
 
     def outdated(self) -> list[str]:
         """Return the names of params, files and folders that changed after the stages read them."""
