@@ -34,6 +34,15 @@ ROUNDS = 3
 RECIPES = ["specification", "fast"]  # trained to the end
 STAGES = ["download", "train", "evaluate", "report"]
 _GROWTH_IMAGES = 10_000
+# Nothing but the kernels differs: the settings go before torch reads them, all but the one that is for speed alone.
+_EPOCH_WITH_FREE_KERNELS = """
+import os, sys
+from mnist_pipeline.common.kernels import SETTINGS
+for name in SETTINGS.keys() - {"THP_MEM_ALLOC_ENABLE"}:
+    del os.environ[name]
+from benchmarks.one_epoch import main
+main("train")
+"""
 
 
 def measure(chosen: Sequence[str] = ()) -> None:
@@ -81,13 +90,17 @@ def _change_training(params: Params, **changes: object) -> Params:
 
 
 def _epoch_seconds() -> dict[str, list[float]]:
-    """Return the seconds of the pipeline's epoch, of the plain loop's and of the evaluation, each in a new process."""
+    """Return the seconds of an epoch and of an evaluation, each in a new process.
+
+    The epochs: the pipeline's, the pipeline's with the best kernels that the processor has, and the plain loop's.
+    """
     as_users_have_it = {name: value for name, value in clean_environment().items() if name not in SETTINGS}
     with tempfile.TemporaryDirectory() as root:
         (Path(root) / "MNIST").mkdir()
         (Path(root) / "MNIST" / "raw").symlink_to(RAW.resolve())  # where torchvision looks
         commands = {
             "pipeline": ([sys.executable, "-m", "benchmarks.one_epoch", "train"], clean_environment()),
+            "free kernels": ([sys.executable, "-c", _EPOCH_WITH_FREE_KERNELS], clean_environment()),
             "plain": ([sys.executable, "benchmarks/plain_loop.py", root], as_users_have_it),
             "evaluate": ([sys.executable, "-m", "benchmarks.one_epoch", "evaluate"], clean_environment()),
         }
