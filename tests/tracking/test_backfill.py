@@ -122,8 +122,7 @@ def test_a_second_backfill_adds_nothing(story: Story) -> None:
 
 def test_the_run_is_finished_and_marked_as_backfilled(story: Story, pipeline: Path) -> None:
     assert story.run.info.status == "FINISHED"
-    for tag in ("backfilled", "evaluate.backfilled", "report.backfilled"):
-        assert story.run.data.tags[tag] == "true"
+    assert story.run.data.tags["backfilled"] == "train, evaluate, report"
     assert story.run.data.tags["model_sha256"] == sha256(pipeline / MODEL)
 
 
@@ -191,7 +190,7 @@ def test_a_run_with_a_part_of_the_training_is_completed(
     assert (newest.info.run_id == part.id) == (count == 1)
     assert [run.info.status for run in others] == ["RUNNING"] * (count - 1)
     assert newest.info.status == "FINISHED"
-    assert newest.data.tags["backfilled"] == "true"
+    assert newest.data.tags["backfilled"] == "train, evaluate, report"
     assert store.steps(newest) == [1, 2]
 
 

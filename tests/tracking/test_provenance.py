@@ -10,7 +10,7 @@ from support import DATA, ROOT
 from support.working_tree import append, edit, write
 
 from mnist_pipeline.common.files import sha256
-from mnist_pipeline.tracking.provenance import clean_environment, machine_tags, trace
+from mnist_pipeline.tracking.provenance import clean_environment, describe_machine, trace
 
 
 @pytest.fixture
@@ -148,8 +148,9 @@ def test_the_outputs_of_a_stage_are_those_that_it_declares(
 
 
 def test_the_machine_is_described() -> None:
-    assert machine_tags().keys() == {"python", "torch", "mlflow", "processor", "kernels"}
-    assert all(machine_tags().values())
+    found = describe_machine()
+    assert found.keys() == {"python", "torch", "mlflow", "processor", "kernels"}
+    assert all(found.values())
 
 
 def test_a_clean_environment_knows_nothing_of_dvc_and_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:

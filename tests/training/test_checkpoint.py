@@ -196,7 +196,7 @@ def test_if_dvc_is_killed_while_it_takes_the_model_the_training_is_one_run_of_al
     assert len(others) == before
     assert (run.info.status, repository.steps(run)) == ("FINISHED", [1, 2, 3])
     assert len(run.outputs.model_outputs) == 1
-    assert run.data.tags["report.backfilled"] == "false"
+    assert run.data.tags["backfilled"] == "none"
     assert list(repository.root.glob(".checkpoints/*")) == []
     assert not re.search(r"(?m)^\?\? (.*/)?\.", repository.run("git", "status", "--porcelain").stdout)
 

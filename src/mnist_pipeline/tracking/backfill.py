@@ -17,7 +17,6 @@ from mnist_pipeline.data.training_set import load_training_data
 from mnist_pipeline.model.inference import set_up_torch
 from mnist_pipeline.model.model_file import load_model
 from mnist_pipeline.tracking.provenance import Provenance, trace
-from mnist_pipeline.tracking.run import BACKFILLED_TAG
 from mnist_pipeline.tracking.store import Store, continue_untracked
 
 
@@ -69,7 +68,6 @@ def _add_training(store: Store, provenance: Provenance) -> None:
     example, _ = parts["monitor"][:2].tensors(params.data, device)
     network = load_model(MODEL).network
     run = store.unfinished_run_of(provenance) or store.begin_run(provenance)
-    run.log(tags={BACKFILLED_TAG: "true"})
     run.log_start(provenance, parts, network)
     run.log_history(read_csv(HISTORY))
     run.log_end(provenance, network, MODEL, example)

@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import re
+import subprocess
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, sha256, sha256_of_directory
 from mnist_pipeline.common.params import Params, flatten, load_params, load_yaml
 from mnist_pipeline.common.paths import ADDED, PIPELINE, RAW, REQUIREMENTS
-from mnist_pipeline.tracking.git import commit_tags, head_commit_or_none
+from mnist_pipeline.tracking.git import commit_tags, head_commit_or_none, locate_in_repository
 
 _IMAGES = [str(ADDED), str(RAW)]
 
@@ -51,10 +52,10 @@ class Provenance:
         """The SHA-256 of the images that the stage reads."""
         return _sha256_of_json({path: self.inputs[path] for path in _IMAGES if path in self.inputs})
 
-    def tags(self) -> dict[str, str]:
-        """Return the tags that identify this execution of the stage; the inputs are too many for tags."""
+    def record(self) -> dict[str, object]:
+        """Return all that is known about this execution of the stage."""
         return {
-            "command": self.command,
+            **asdict(self),
             "fingerprint": self.fingerprint,
             "params_sha256": self.params_sha256,
             **commit_tags(),
@@ -125,8 +126,16 @@ def clean_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
 
 
-def machine_tags() -> dict[str, str]:
-    """Return tags for the machine: another run has the same outputs only if these agree too."""
+def get_output(path: Path, revision: str, target: Path) -> bool:
+    """Copy a file or folder that DVC keeps, as a revision has it; return whether the cache or the remote holds it."""
+    top, below = locate_in_repository()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    command = ["dvc", "get", "--quiet", "--force", "--rev", revision, "--out", str(target), top, below + str(path)]
+    return subprocess.run(command, env=clean_environment(), stderr=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def describe_machine() -> dict[str, str]:
+    """Describe the machine and the versions on it: elsewhere the last bits of outputs can be others."""
     return {
         "python": platform.python_version(),
         "torch": version("torch"),

@@ -4,7 +4,6 @@ import json
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,14 @@ from mnist_pipeline.common.params import flatten
 from mnist_pipeline.common.paths import RAW
 from mnist_pipeline.data.digits import Digits
 from mnist_pipeline.model.network import count_parameters
-from mnist_pipeline.tracking.git import uncommitted_patch
+from mnist_pipeline.tracking.git import commit_tags, uncommitted_patch
 from mnist_pipeline.tracking.provenance import Provenance
 
 MODEL_TAG = "model_sha256"  # a run with this tag holds all of its training
 DATA_TAG = "data_sha256"
-BACKFILLED_TAG = "backfilled"
+FINGERPRINT_TAG = "fingerprint"
+_BACKFILLED_TAG = "backfilled"  # the stages that a backfill added
+_NONE = "none"
 NOTE_TAG = "mlflow.note.content"  # MLflow's pages show it as the run's description
 DATASET_DIGEST_LENGTH = 36  # characters, MLflow's limit
 
@@ -69,12 +70,19 @@ class TrackedRun:
             [RunTag(name, str(value)) for name, value in (tags or {}).items()],
         )
 
-    def log_start(self, provenance: Provenance, datasets: _Datasets, model: nn.Module) -> None:
-        """Log what is known when a training starts; a second call changes nothing."""
+    def log_start(
+        self, provenance: Provenance, datasets: _Datasets, model: nn.Module, machine: Mapping[str, str] | None = None
+    ) -> None:
+        """Log what is known when a training starts; a second call changes nothing.
+
+        `machine` is None in a backfill: nothing tells what machine trained the model.
+        """
         known = self.client.get_run(self.id).data.metrics
         self.log({} if "parameters" in known else {"parameters": count_parameters(model)}, provenance.params)
         self.log_datasets(datasets)
-        self._log_provenance(provenance)
+        kernels = {"kernels": machine["kernels"]} if machine else {}
+        self.log(tags={_BACKFILLED_TAG: _NONE if machine else provenance.stage, **kernels, **commit_tags()})
+        self._log_provenance(provenance, machine=machine)
 
     def log_epoch(self, row: Mapping[str, float], **others: float) -> None:
         """Log the numbers of an epoch, unless the run has them."""
@@ -173,13 +181,15 @@ class TrackedRun:
         new = {name: value for name, value in metrics.items() if known.metrics.get(name) != value}
         self.log(new, params, changed | ({NOTE_TAG: _summarize(metrics)} if metrics else {}), run=run)
         self._log_outputs(provenance)
-        self._log_provenance(provenance)
-        tags = provenance.tags() | {BACKFILLED_TAG: str(backfilled).lower()}
-        self.log(tags={f"{provenance.stage}.{name}": value for name, value in tags.items()})
+        self._log_provenance(provenance, backfilled=backfilled)
+        others = known.tags.get(_BACKFILLED_TAG, _NONE).split(", ")
+        stages = [stage for stage in others if stage not in (_NONE, provenance.stage)] + backfilled * [provenance.stage]
+        tags = {f"{provenance.stage}.{FINGERPRINT_TAG}": provenance.fingerprint}
+        self.log(tags={_BACKFILLED_TAG: ", ".join(stages) or _NONE, **tags})
 
-    def _log_provenance(self, provenance: Provenance) -> None:
-        """Log the digest of each input, and what is not committed, as files that MLflow's pages display."""
-        self.client.log_dict(self.id, asdict(provenance), f"provenance/{provenance.stage}.json")
+    def _log_provenance(self, provenance: Provenance, **others: object) -> None:
+        """Log all that is known of a stage, and what is not committed, as files that MLflow's pages display."""
+        self.client.log_dict(self.id, provenance.record() | others, f"provenance/{provenance.stage}.json")
         if patch := uncommitted_patch():
             self.client.log_text(self.id, patch, f"provenance/{provenance.stage}.patch")
 
@@ -190,7 +200,7 @@ class TrackedRun:
 
     def has_stage(self, provenance: Provenance) -> bool:
         """Return whether the run has all of a later stage, from these very inputs."""
-        found = self.client.get_run(self.id).data.tags.get(f"{provenance.stage}.fingerprint")
+        found = self.client.get_run(self.id).data.tags.get(f"{provenance.stage}.{FINGERPRINT_TAG}")
         return bool(found == provenance.fingerprint)
 
     def close(self, status: str) -> None:

@@ -27,9 +27,9 @@ from mnist_pipeline.common.params import flatten
 from mnist_pipeline.data.digits import Digits
 from mnist_pipeline.tracking.address import TRACKING_URI, hide_secrets, locate_store, store_address
 from mnist_pipeline.tracking.client import Client, Deadline
-from mnist_pipeline.tracking.git import run_title
+from mnist_pipeline.tracking.git import commit_tags, run_title
 from mnist_pipeline.tracking.provenance import Provenance
-from mnist_pipeline.tracking.run import DATA_TAG, MODEL_TAG, TrackedRun
+from mnist_pipeline.tracking.run import DATA_TAG, FINGERPRINT_TAG, MODEL_TAG, TrackedRun
 
 PARENT_RUN = "MNIST_PARENT_RUN"  # environment variable: the id of the run that a training belongs to
 _EXPERIMENT = "mnist"
@@ -40,6 +40,7 @@ _ADDRESSES = {  # columns of MLflow's tables that hold addresses of artifacts
     "logged_models": "artifact_location",
     "model_versions": "storage_location",
 }
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show metrics, not traces
 _WORKSPACE_TAG = "workspace"
 _DVC_EXPERIMENT_TAG = "dvc_experiment"
 
@@ -86,7 +87,7 @@ class Store:
         if (found := self.client.get_experiment_by_name(_EXPERIMENT)) is None:
             with ignore_mlflow_error("RESOURCE_ALREADY_EXISTS"):  # another process was faster
                 artifacts = (self.database.parent / _ARTIFACTS).as_uri() if self.database else None
-                self.client.create_experiment(_EXPERIMENT, artifacts)
+                self.client.create_experiment(_EXPERIMENT, artifacts, _KIND)
             found = self.client.get_experiment_by_name(_EXPERIMENT)
         if found is None or found.lifecycle_stage != "active":
             restore = f"mlflow experiments restore --experiment-id {found and found.experiment_id}"
@@ -111,7 +112,7 @@ class Store:
 
         The training was killed, or the store failed.
         """
-        for run in self.search_runs(f"tags.fingerprint = '{provenance.fingerprint}'"):
+        for run in self.search_runs(f"tags.{FINGERPRINT_TAG} = '{provenance.fingerprint}'"):
             if MODEL_TAG not in run.data.tags and self._is_from_here(run):
                 return TrackedRun(self.client, run.info.run_id)
         return None
@@ -135,8 +136,8 @@ class Store:
     def begin_run(self, provenance: Provenance) -> TrackedRun:
         """Begin the run of a training."""
         origin = {name: value for name, value in self._origin.items() if value}
-        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256, **origin, **provenance.tags()}
-        return self.create_run(self.dvc_experiment or run_title(), known)
+        known = {"stage": provenance.stage, DATA_TAG: provenance.data_sha256, FINGERPRINT_TAG: provenance.fingerprint}
+        return self.create_run(self.dvc_experiment or run_title(), known | origin | commit_tags())
 
     def create_run(self, name: str, tags: Mapping[str, str]) -> TrackedRun:
         """Create a run with these tags and those that MLflow adds."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mnist_pipeline.common.scores import EpochResult
 from mnist_pipeline.data.digits import Digits
-from mnist_pipeline.tracking.provenance import Provenance, machine_tags
-from mnist_pipeline.tracking.run import BACKFILLED_TAG, TrackedRun
+from mnist_pipeline.tracking.provenance import Provenance, describe_machine
+from mnist_pipeline.tracking.run import TrackedRun
 from mnist_pipeline.tracking.store import Store, continue_untracked
 
 
@@ -44,8 +44,7 @@ class TrainingRun:
             resumed = store.reopen_run(self.id) or store.reopen_run(unfinished.id if unfinished else None)
             run = resumed or store.begin_run(self._provenance)
             self.id, self.tracked = run.id, run
-            run.log(tags={BACKFILLED_TAG: "false", **self._provenance.tags(), **machine_tags()})
-            run.log_start(self._provenance, datasets, model)
+            run.log_start(self._provenance, datasets, model, describe_machine())
             run.log_history(result.row() for result in history)
 
     def log_epoch(self, result: EpochResult) -> None:
