@@ -28,7 +28,7 @@ def main() -> None:
     tables = paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES
     results = load_results(*tables).with_studies_on(digits["test"])
     charts = draw_charts(results, model, params, digits)
-    write_figures(paths.FIGURES, charts, digits["test"], results.misclassified[: params.report.gallery_size])
+    write_figures(paths.FIGURES, charts)
     files = [*(paths.RAW / file for file in FILES), *sorted(paths.ADDED.glob("*/*")), paths.MODEL]
     report = render_report(params, digits, model, results, {str(path): sha256(path) for path in files})
     write_text(paths.REPORT, report)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import operator
 import os
 import shutil
 import subprocess
@@ -13,13 +14,13 @@ from pathlib import Path
 import torch
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.files import read_csv, read_table, write_csv
+from mnist_pipeline.common.files import read_csv, read_table, read_text, write_csv
 from mnist_pipeline.common.params import load_yaml
-from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, PREDICTIONS, PROCESSORS, RAW, REPORTS
-from mnist_pipeline.tracking.git import GitError, clone_repository, head_commit, locate_in_repository
-from mnist_pipeline.tracking.provenance import clean_environment, processor_name
+from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, METRICS, PREDICTIONS, PROCESSORS, RAW, REPORTS
+from mnist_pipeline.tracking.git import GitError, clone_repository, head_commit
+from mnist_pipeline.tracking.provenance import clean_environment, get_output, processor_name
 
-_COMPARED = [LOCK, HISTORY, PREDICTIONS]  # git holds these, so the clone has the old ones
+_COMPARED = [LOCK, HISTORY, METRICS]  # git holds these, so the clone has the old ones
 
 
 def reproduce_commit(record: bool = False) -> None:
@@ -46,16 +47,19 @@ def reproduce_commit(record: bool = False) -> None:
         data = {"MNIST_DIR": str(RAW.resolve())} if RAW.is_dir() else {}  # saves the clone a download
         environment = data | clean_environment()
         for tracked in (clone / ADDED).glob("*.dvc"):
-            addition, (top, below) = ADDED / tracked.stem, locate_in_repository()
-            get = ["dvc", "get", "--quiet", "--rev", "HEAD", "--out", str(clone / addition), top, below + str(addition)]
-            subprocess.run(get, env=environment, check=False)  # if it fails, `dvc repro` says what is missing
+            addition = ADDED / tracked.stem
+            get_output(addition, "HEAD", clone / addition)  # if it fails, `dvc repro` says what is missing
         if subprocess.run(["dvc", "repro", "--force"], cwd=clone, env=environment, check=False).returncode != 0:
             raise UserError(f"the pipeline of commit {commit} failed, see above")
         before, after = output_digests(committed / LOCK), output_digests(clone / LOCK)
         print(f"\nOutputs of commit {commit}, made again:")
         for output, digest in before.items():
             print(f"  {output:<26} {'identical' if after.get(output) == digest else 'DIFFERENT'}")
-        verdict = "identical, byte for byte" if before == after else describe_difference(committed, clone)
+        if before == after:
+            verdict = "identical, byte for byte"
+        else:
+            get_output(PREDICTIONS, "HEAD", committed / PREDICTIONS)
+            verdict = describe_difference(committed, clone)
     print(f"Verdict: {verdict}")
     if record and before == after:
         record_processor(after)
@@ -88,18 +92,26 @@ def output_digests(lock: Path) -> dict[str, str]:
 def describe_difference(committed: Path, again: Path) -> str:
     """Say how much two runs differ. Other kernels may change the last bits, but rarely a prediction."""
     histories = [read_csv(directory / HISTORY) for directory in (committed, again)]
-    predictions = [read_table(directory / PREDICTIONS) for directory in (committed, again)]
-    if any(len(first) != len(second) for first, second in (histories, predictions)):
-        return "different: another number of epochs or of test images"
+    if len(histories[0]) != len(histories[1]):
+        return "different: another number of epochs"
     largest, name, epoch = max(
         (abs(first[name] - second[name]), name, int(first["epoch"]))
         for first, second in zip(*histories, strict=True)
         for name in first
     )
-    changed = sum(first["prediction"] != second["prediction"] for first, second in zip(*predictions, strict=True))
-    accuracies = [sum(row["prediction"] == row["label"] for row in rows) / len(rows) for rows in predictions]
+    accuracies = [json.loads(read_text(directory / METRICS))["test_accuracy"] for directory in (committed, again)]
     return (
         f"different. The history differs by at most {largest:.2g} ({name}, epoch {epoch}); "
-        f"{changed} of {len(predictions[0]):,} predictions differ; "
-        f"the accuracy is {accuracies[1]:.2%} and was {accuracies[0]:.2%}"
+        f"{_changed_predictions(committed, again)}the accuracy is {accuracies[1]:.2%} and was {accuracies[0]:.2%}"
     )
+
+
+def _changed_predictions(committed: Path, again: Path) -> str:
+    """Count the predictions that differ; say nothing if DVC no longer has the old ones or the images are others."""
+    if not (committed / PREDICTIONS).exists():
+        return ""
+    tables = [read_table(directory / PREDICTIONS) for directory in (committed, again)]
+    old, new = ([row["prediction"] for row in table] for table in tables)
+    if len(old) != len(new):
+        return ""
+    return f"{sum(map(operator.ne, old, new))} of {len(old):,} predictions differ; "

@@ -21,7 +21,9 @@ from mnist_pipeline.report.charts import draw_learning_curve, draw_reliability, 
 from mnist_pipeline.report.network_charts import draw_filters
 
 TEST = DIGITS["test"]
-CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions", "studies"}
+CHARTS = {"loss", "accuracy", "network", "filters", "confusion_matrix", "reliability", "corruptions"}
+CHARTS |= {"misclassified", "studies"}
+BY_CONFIDENCE = sorted(MISTAKES.items(), key=lambda mistake: -mistake[1][1])
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +48,26 @@ def read_picture(url: str) -> np.ndarray:
 
 def test_the_figures_are_those_that_the_report_shows(run: MadeUpRun, figures: dict[str, bytes]) -> None:
     assert {f"figures/{path}" for path in figures} == set(re.findall(r"!\[.+?\]\((.+?)\)", run.report))
-    assert figures.keys() == {f"{name}.png" for name in CHARTS} | {f"misclassified/{index}.png" for index in MISTAKES}
+    assert figures.keys() == {f"{name}.png" for name in CHARTS}
 
 
 def test_the_same_run_gets_the_same_figures_and_keeps_none_of_an_earlier_run(
     figures: dict[str, bytes], tmp_path: Path
 ) -> None:
-    for name in ("misclassified/7.png", "learning_curves.png", "old/old.png"):
+    for name in ("learning_curves.png", "old/old.png"):
         (tmp_path / "again" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "again" / name).write_text("of an earlier run")
     assert MadeUpRun.create(tmp_path).write_figures("again") == figures
 
 
-def test_a_misclassified_digit_is_drawn_pixel_by_pixel_black_on_white(
-    run: MadeUpRun, figures: dict[str, bytes]
-) -> None:
-    for index in MISTAKES:
-        drawn = np.asarray(Image.open(run.directory / f"figures/misclassified/{index}.png"))
-        assert (drawn == 255 - np.kron(TEST.pixels[index].numpy(), np.ones((4, 4), dtype=np.uint8))).all()
+def test_a_misclassified_digit_is_drawn_pixel_by_pixel_black_on_white(run: MadeUpRun) -> None:
+    pictures, words = layers(run.charts["misclassified"])
+    assert [(row["index"], row["read"]) for row in words] == [
+        (index, f"{TEST.labels[index]}→{prediction}") for index, (prediction, _) in BY_CONFIDENCE
+    ]
+    for row, (index, _) in zip(pictures, BY_CONFIDENCE, strict=True):
+        enlarged = 255 - np.kron(TEST.pixels[index].numpy(), np.ones((4, 4), dtype=np.uint8))
+        assert (read_picture(row["picture"]) == enlarged).all()
 
 
 def test_a_learning_curve_shows_both_parts_and_the_published_test(run: MadeUpRun) -> None:

@@ -219,15 +219,8 @@ def test_misclassified_images_of_the_same_confidence_are_in_file_order(tmp_path:
     assert [row["index"] for row in run.results.misclassified] == [20, 70, 150]
 
 
-def test_a_misclassified_digit_is_shown_with_its_label_and_prediction(report: str) -> None:
-    label = int(TEST.labels[5])
-    assert table(report, "Image")[0] == [
-        "![Test image 5](figures/misclassified/5.png)",
-        str(label),
-        "3",
-        "95.0%",
-        "",
-    ]
+def test_a_misclassified_digit_is_listed_with_its_label_and_prediction(report: str) -> None:
+    assert table(report, "Test image")[0] == ["5", str(int(TEST.labels[5])), "3", "95.0%", ""]
 
 
 def test_added_digits_are_counted_and_the_data_are_no_longer_mnist(tmp_path: Path, as_many: dict[str, Digits]) -> None:
@@ -262,18 +255,17 @@ def test_the_most_frequent_confusion_is_named_first(tmp_path: Path) -> None:
 def test_the_report_says_how_many_misclassified_digits_it_shows(tmp_path: Path, gallery_size: int, shown: str) -> None:
     report = MadeUpRun.create(tmp_path, params=params_with("report", gallery_size=gallery_size)).report
     assert f"3 of 200 test images; {shown} of them are here" in report
-    assert len(table(report, "Image")) == min(gallery_size, 3)
+    assert len(table(report, "Test image")) == min(gallery_size, 3)
 
 
 def test_the_images_whose_label_is_disputed_are_marked(tmp_path: Path, as_many: dict[str, Digits]) -> None:
     test = as_many["test"]
     mistakes = one_off(*DISPUTED, 0, 946, 948, digits=test)
     report = MadeUpRun.create(tmp_path, mistakes, digits=as_many, disputed=disputed_images(test)).report
-    marks = {row[0]: row[-1] for row in table(report, "Image")}
+    marks = {int(row[0]): row[-1] for row in table(report, "Test image")}
     assert len(marks) == 18
-    marked = {image for image, mark in marks.items() if mark == "disputed label"}
-    assert marked == {f"![Test image {place}](figures/misclassified/{place}.png)" for place in DISPUTED}
-    assert {mark for image, mark in marks.items() if image not in marked} == {""}
+    assert {image for image, mark in marks.items() if mark == "disputed"} == {*DISPUTED}
+    assert {mark for image, mark in marks.items() if image not in DISPUTED} == {""}
     assert "disputed the labels of 15 test images" in report
     assert f"On the other 9,985 images the accuracy is {9982 / 9985:.2%}." in report
 
@@ -281,7 +273,7 @@ def test_the_images_whose_label_is_disputed_are_marked(tmp_path: Path, as_many: 
 @pytest.mark.usefixtures("as_other_data")
 def test_no_label_of_other_images_is_disputed(tmp_path: Path, as_many: dict[str, Digits]) -> None:
     report = MadeUpRun.create(tmp_path, one_off(*DISPUTED, digits=as_many["test"]), digits=as_many).report
-    assert "disputed label" not in report
+    assert "disputed" not in report
 
 
 def test_a_run_like_the_published_one_meets_every_requirement(tmp_path: Path, as_many: dict[str, Digits]) -> None:
@@ -321,7 +313,7 @@ def test_other_data_are_reported_by_their_names_and_without_what_belongs_to_mnis
     report = render_report(run.params, run.digits, run.model, results, DIGESTS)
     assert report.startswith("# Classification of images in 10 classes with 19,210 parameters\n")
     assert [row[0] for row in table(report, "Class", "Images")] == [*CLOTHES, "**All**"]
-    assert {tuple(row[1:3]) for row in table(report, "Image")} == {
+    assert {tuple(row[1:3]) for row in table(report, "Test image")} == {
         (CLOTHES[TEST.labels[place]], CLOTHES[prediction]) for place, (prediction, _) in MISTAKES.items()
     }
     assert " taken for " in report

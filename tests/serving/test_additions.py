@@ -23,7 +23,7 @@ from support.repository import Repository
 from mnist_pipeline.cli import mnist
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.data.digits import Digits, read_part
-from mnist_pipeline.report.pictures import write_digit
+from mnist_pipeline.report.pictures import enlarge, write_png
 from mnist_pipeline.serving.additions import add_digits, encode_idx, read_labelled_digits
 from mnist_pipeline.serving.preprocessing import to_mnist_image
 
@@ -165,7 +165,7 @@ def test_digits_that_must_not_train_are_refused_in_one_line(spoil: Callable[[], 
 @pytest.mark.usefixtures("workspace")
 def test_the_reports_pictures_of_misread_test_images_are_refused() -> None:
     shutil.rmtree("mine")
-    write_digit(Path("mine/7/12.png"), TEST.pixels[12].numpy())
+    write_png(Path("mine/7/12.png"), enlarge(TEST.pixels[12].numpy()))
     assert "112×112" in refusal()
     assert "mine/7/12.png (a copy of MNIST's test image 12)" in refusal(normalize=True)
 
@@ -222,7 +222,7 @@ def test_idx_files_are_written_as_mnists_are() -> None:
 
 def test_only_pictures_that_do_not_have_mnists_form_are_normalised(tmp_path: Path) -> None:
     write_picture(tmp_path / "7/a.png", NEW.pixels[0])
-    write_digit(tmp_path / "7/b.png", NEW.pixels[0].numpy())  # black on white, enlarged
+    write_png(tmp_path / "7/b.png", enlarge(NEW.pixels[0].numpy()))  # black on white, enlarged
     digits, _ = read_labelled_digits(tmp_path, normalize=True)
     assert torch.equal(digits.pixels[0], NEW.pixels[0])
     assert np.array_equal(digits.pixels[1], to_mnist_image(Image.open(tmp_path / "7/b.png")))

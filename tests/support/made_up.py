@@ -127,8 +127,7 @@ class MadeUpRun:
     def write_figures(self, name: str) -> dict[str, bytes]:
         """Write the figures into a directory of that name; return the content of its files by their paths in it."""
         directory = self.directory / name
-        shown = self.results.misclassified[: self.params.report.gallery_size]
-        write_figures(directory, self.charts, self.digits["test"], shown)
+        write_figures(directory, self.charts)
         files = [path for path in directory.rglob("*") if path.is_file()]
         return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 

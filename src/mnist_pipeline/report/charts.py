@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +15,7 @@ from mnist_pipeline.report.pictures import encode_png, enlarge
 
 _LOSS_TICKS = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # of a logarithmic axis
 _ROW_HEIGHT = 36  # pixels, of a chart with a row of digits
+_DIGIT, _LETTER = 46, 7  # pixels: side of a misclassified digit with its margin, mean width of a letter below it
 
 
 def draw_learning_curve(
@@ -136,8 +137,7 @@ def draw_robustness(
     data, lines = [], []
     for row in shown:
         digits = np.pad(examples[row["corruption"]], [(0, 0), (0, 0), (1, 1)])  # a gap between the digits
-        picture = base64.b64encode(encode_png(enlarge(np.hstack(list(digits))))).decode()
-        data.append({**row, "uncorrupted": rows[0]["accuracy"], "digits": f"data:image/png;base64,{picture}"})
+        data.append({**row, "uncorrupted": rows[0]["accuracy"], "digits": _picture_url(np.hstack(list(digits)))})
     for family, mean in means.items():
         names = [row["corruption"] for row in shown if row["family"] == family]
         lines.append({"family": family, "mean": mean, "first": names[0], "last": names[-1]})
@@ -179,6 +179,49 @@ def draw_robustness(
         base.mark_text(align="right").encode(x=alt.value({"expr": numbers}), text=alt.Text("accuracy:Q", format=".2%")),
     ]
     return style_chart(alt.layer(*layers), _ROW_HEIGHT * len(shown))
+
+
+def draw_misclassified(rows: Sequence[Mapping[str, Any]], images: np.ndarray, disputed: Collection[int]) -> Chart:
+    """Draw misclassified test images, each above its label and prediction; the pointer shows the probability.
+
+    `rows` has `index`, `label`, `prediction` and `probability` of each image (28, 28); those in `disputed` are marked.
+    """
+    longest = max(len(f"{row['label']}→{row['prediction']}") for row in rows)
+    columns = max(CHART_WIDTH // max(_LETTER * longest, _DIGIT), 2)
+    data = [
+        {
+            **row,
+            "column": place % columns,
+            "row": place // columns,
+            "picture": _picture_url(image),
+            "read": f"{row['label']}→{row['prediction']}",
+            "label is": "disputed" if row["index"] in disputed else "undisputed",
+        }
+        for place, (row, image) in enumerate(zip(rows, images, strict=True))
+    ]
+    base = chart_rows(data).encode(
+        x=alt.X("column:O", axis=None, scale=alt.Scale(domain=list(range(columns)))),
+        y=alt.Y("row:O", axis=None),
+        tooltip=[
+            alt.Tooltip("index:Q", title="test image"),
+            "label:N",
+            "prediction:N",
+            alt.Tooltip("probability:Q", format=".1%"),
+            *(["label is:N"] if disputed else []),
+        ],
+    )
+    side = alt.ExprRef(f"min({_DIGIT}, width / {columns}) - 6")
+    pictures = base.mark_image(width=side, height=side).encode(url="picture:N")
+    words = base.mark_text(dy=_DIGIT / 2 + 4, limit=CHART_WIDTH / columns).encode(text="read:N")
+    if disputed:
+        colours = alt.Scale(domain=["undisputed", "disputed"], range=["currentColor", ORANGE])
+        legend = alt.Legend(values=["disputed"], labelExpr="'label ' + datum.label")
+        words = words.encode(color=alt.Color("label is:N", scale=colours, legend=legend))
+    return style_chart(alt.layer(pictures, words), (_DIGIT + 22) * math.ceil(len(rows) / columns))
+
+
+def _picture_url(pixels: np.ndarray) -> str:
+    return f"data:image/png;base64,{base64.b64encode(encode_png(enlarge(pixels))).decode()}"
 
 
 def draw_studies(accuracies: Mapping[str, Sequence[float]], published: Sequence[float]) -> Chart:

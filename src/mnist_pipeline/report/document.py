@@ -1,7 +1,7 @@
 """The report as Markdown, with its charts and pictures; `page` turns it into a web page."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from mnist_pipeline.report import charts, network_charts, published
 from mnist_pipeline.report.chart_style import Chart, write_chart
 from mnist_pipeline.report.comparison import check_requirements, compare_progress, compare_results, count_of
 from mnist_pipeline.report.network_charts import square
-from mnist_pipeline.report.pictures import write_digit
-from mnist_pipeline.report.results import ResultRow, Results
+from mnist_pipeline.report.results import Results
 from mnist_pipeline.report.studies import recipe_table
 
 _EXAMPLES = 5  # test images that the chart of corruptions shows
@@ -46,6 +45,9 @@ def draw_charts(results: Results, model: nn.Module, params: Params, digits: Mapp
     if first.kind == "Conv2d":
         weights = model.get_parameter(f"{first.path}.weight")
         drawn["filters"] = network_charts.draw_filters(weights.detach().numpy()[:, 0])
+    if shown_mistakes := results.misclassified[: params.report.gallery_size]:
+        pixels = test.pixels[[int(row["index"]) for row in shown_mistakes]].numpy()
+        drawn["misclassified"] = charts.draw_misclassified(shown_mistakes, pixels, disputed_images(test))
     if results.studies:
         studied = {study.name: study.values("test_accuracy") for study in results.studies}
         drawn["studies"] = charts.draw_studies(studied, accuracies)
@@ -56,15 +58,11 @@ def _are_mnist(digits: Mapping[str, Digits]) -> bool:
     return all(digits[part].is_mnist(part) for part in ("train", "test"))
 
 
-def write_figures(
-    directory: Path, drawn: Mapping[str, Chart], test: Digits, misclassified: Sequence[ResultRow]
-) -> None:
-    """Replace the content of a directory with the charts and the misclassified digits as PNG files."""
+def write_figures(directory: Path, drawn: Mapping[str, Chart]) -> None:
+    """Replace the content of a directory with the charts as PNG files."""
     shutil.rmtree(directory, ignore_errors=True)
     for name, chart in tqdm(drawn.items(), desc="Drawing", unit="chart", delay=2, leave=False, disable=None):
         write_chart(directory / f"{name}.png", chart)
-    for row in misclassified:
-        write_digit(directory / "misclassified" / f"{row['index']:.0f}.png", test.pixels[int(row["index"])].numpy())
 
 
 def render_report(

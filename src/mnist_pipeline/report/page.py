@@ -57,11 +57,11 @@ def render_page(report: str, directory: Path, charts: Mapping[str, Chart]) -> st
 
 
 def _fold_tables(section: str) -> Markup:
-    """Fold the long tables of a rendered section, but not pictures, which the page shows as cards."""
+    """Fold the long tables of a rendered section."""
 
     def fold(table: re.Match[str]) -> str:
         rows = table[0].count("<tr>") - 1
-        is_long = rows > _MOST_ROWS and "<img" not in table[0]
+        is_long = rows > _MOST_ROWS
         return f"<details><summary>Table of {rows} rows</summary>{table[0]}</details>" if is_long else table[0]
 
     return Markup(re.sub(r'<div class="table">.*?</div>', fold, section, flags=re.DOTALL))  # noqa: S704 (see above)

@@ -11,11 +11,6 @@ from mnist_pipeline.common.files import write_bytes
 _SCALE = 4  # enlarged pixels for each pixel, along each side
 
 
-def write_digit(path: Path, pixels: np.ndarray) -> None:
-    """Write a digit (28, 28), black on white, enlarged."""
-    write_png(path, enlarge(pixels))
-
-
 def enlarge(pixels: np.ndarray) -> Image.Image:
     """Enlarge pixels (height, width) and invert them: bright on dark becomes dark on bright."""
     image = Image.fromarray(255 - pixels)

@@ -69,9 +69,9 @@ class Results:
 
 
 def load_results(
-    history: Path, metrics: Path, predictions: Path, calibration: Path, robustness: Path, studies: Path
+    history: Path, metrics: Path, predictions: Path | None, calibration: Path, robustness: Path, studies: Path
 ) -> Results:
-    """Read what the earlier stages and the studies wrote.
+    """Read what the earlier stages and the studies wrote; `predictions` is None if they are lost.
 
     Raises:
         UserError: a file is absent.
@@ -79,7 +79,10 @@ def load_results(
     return Results(
         read_csv(history),
         json.loads(read_text(metrics)),
-        [row | {name: float(row[name]) for name in ("index", "probability")} for row in read_table(predictions)],
+        [
+            row | {name: float(row[name]) for name in ("index", "probability")}
+            for row in (read_table(predictions) if predictions else [])
+        ],
         read_csv(calibration),
         [row | {name: float(row[name]) for name in SCORES} for row in read_table(robustness)],
         load_studies(studies),

@@ -10,13 +10,14 @@ Names and values may come from an untrusted fork: the template writes each as a 
 import math
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import jinja2
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_text, sha256, write_text
-from mnist_pipeline.common.paths import MODEL, RAW, STUDIES
+from mnist_pipeline.common.paths import MODEL, PREDICTIONS, RAW, STUDIES
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.promotion.ci_report.differences import PER_CLASS, Retraining
 from mnist_pipeline.promotion.ci_report.pictures import write_pictures
@@ -24,6 +25,7 @@ from mnist_pipeline.promotion.ci_report.state import State, check_out
 from mnist_pipeline.promotion.gate import judge
 from mnist_pipeline.report.chart_style import BLUE, GREY
 from mnist_pipeline.report.tables import markdown_table
+from mnist_pipeline.tracking.provenance import get_output
 from mnist_pipeline.tracking.store import finished_runs
 
 _MAX_CODE_LENGTH = 80  # characters
@@ -43,12 +45,11 @@ def write_ci_report(base: str, out: Path, log: Path | None = None, artifacts: st
     head = State.load(Path())
     after = head.read_results().with_studies_on(load_digits(RAW, "test"))
     with tempfile.TemporaryDirectory() as temporary:
-        commit = check_out(base, Path(temporary))
-        base_state = State.load(Path(temporary)) if commit else None
-        try:
-            before = base_state.read_results() if base_state else None
-        except UserError:
-            before = None
+        commit = check_out(base, directory := Path(temporary))
+        base_state, before = State.load(directory) if commit else None, None
+        if base_state:
+            with suppress(UserError):
+                before = base_state.read_results(get_output(PREDICTIONS, commit, directory / PREDICTIONS))
         executed = re.findall(r"^Running stage '([^']+)'", read_text(log), re.MULTILINE) if log else None
         run = Retraining(commit, base_state, head, before, after, judge(), executed, _training_seconds(), artifacts)
         text = render_comment(run)

@@ -93,9 +93,10 @@ class Retraining:
         return found
 
     def confusions(self) -> list[list[tuple[int, int]]]:
-        """Return the confusion matrix, label by prediction, as counts (base, this run); equal without a base."""
-        after = self.after.confusion.tolist()
-        before = self.before.confusion.tolist() if self.before and self.before.classes == self.after.classes else after
+        """Return the confusion matrix, label by prediction, as counts (base, this run); equal if nothing is known."""
+        before = after = self.after.confusion.tolist()
+        if self.before and self.before.predictions and self.before.classes == self.after.classes:
+            before = self.before.confusion.tolist()
         return [list(zip(*counts, strict=True)) for counts in zip(before, after, strict=True)]
 
     def changed_mistakes(self) -> dict[str, list[tuple[ResultRow, ResultRow]]] | None:

@@ -37,14 +37,20 @@ class State:
             load_yaml(read_text(lock), lock).get("stages", {}) if lock.is_file() else {},
         )
 
-    def read_results(self) -> Results:
-        """Read what the stages wrote.
+    def read_results(self, has_predictions: bool = True) -> Results:
+        """Read what the stages wrote; git has all of it but the predictions, so an earlier commit may lack them.
 
         Raises:
             UserError: a file is absent.
         """
-        tables = (paths.HISTORY, paths.METRICS, paths.PREDICTIONS, paths.CALIBRATION, paths.ROBUSTNESS, paths.STUDIES)
-        return load_results(*(self.directory / path for path in tables))
+        return load_results(
+            self.directory / paths.HISTORY,
+            self.directory / paths.METRICS,
+            self.directory / paths.PREDICTIONS if has_predictions else None,
+            self.directory / paths.CALIBRATION,
+            self.directory / paths.ROBUSTNESS,
+            self.directory / paths.STUDIES,
+        )
 
     def outdated(self) -> list[str]:
         """Return the names of params, files and folders that changed after the stages read them."""
