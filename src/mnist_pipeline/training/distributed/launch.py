@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from mnist_pipeline.common.errors import UserError, set_up_process
-from mnist_pipeline.common.files import read_text, write_text
+from mnist_pipeline.common.files import read_text
 from mnist_pipeline.common.params import Params
 from mnist_pipeline.common.paths import ADDED, RAW
 from mnist_pipeline.data.training_set import load_training_data
@@ -153,9 +153,10 @@ def _run_worker(stage: Stage, params: Params, identify: Identify, mistake: Path)
     try:
         _take_part(stage, params, identify)
     except (UserError, OSError) as error:
-        write_text(mistake, str(error))
-        if os.environ["GROUP_WORLD_SIZE"] != "1" and os.environ["LOCAL_RANK"] == "0":
-            os.kill(os.getppid(), signal.SIGTERM)  # this machine's launcher, which would wait minutes for the others
+        with suppress(FileExistsError), mistake.open("x", encoding="utf-8") as file:  # the first mistake is said
+            file.write(str(error))
+            file.flush()
+            os.kill(os.getppid(), signal.SIGTERM)  # this machine's launcher, for the others would wait for ever
 
 
 def _take_part(stage: Stage, params: Params, identify: Identify) -> None:
