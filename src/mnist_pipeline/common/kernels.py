@@ -11,6 +11,7 @@ SETTINGS = {
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # convolutions
     "MKL_CBWR": "COMPATIBLE",  # MKL; what makes an output avoids it all the same: it looks at the maker, too
     "OMP_DYNAMIC": "false",  # else fewer threads than `threads` could share the work
+    "GOMP_SPINCOUNT": "1000",  # a thread that waits leaves its core to other programs soon: for speed alone
     "THP_MEM_ALLOC_ENABLE": "1",  # large pages for torch's large tensors: for speed alone
 }
 
