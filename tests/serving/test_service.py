@@ -36,7 +36,8 @@ from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.serving.classifier import Classifier
-from mnist_pipeline.serving.preprocessing import open_image, to_mnist_image
+from mnist_pipeline.serving.picture_file import open_image
+from mnist_pipeline.serving.preprocessing import to_mnist_image
 from mnist_pipeline.serving.service import LOOPBACK, MAX_BODY_BYTES, MAX_CONNECTIONS, allowed_hosts, load_classifier
 from mnist_pipeline.tracking.registry import fetch_champion
 from mnist_pipeline.tracking.run import MODEL_TAG

@@ -19,13 +19,8 @@ from mnist_pipeline.common.paths import ADDED, RAW
 from mnist_pipeline.data.digits import DIGITS, FILES, SIDE, Digits, read_part
 from mnist_pipeline.data.training_set import check_additions, read_additions
 from mnist_pipeline.serving.kept import UNLABELLED, directory_of
-from mnist_pipeline.serving.preprocessing import (
-    MAX_BYTES,
-    name_in_errors,
-    open_image,
-    simplify_image,
-    to_network_image,
-)
+from mnist_pipeline.serving.picture_file import MAX_BYTES, name_in_errors, open_image
+from mnist_pipeline.serving.preprocessing import simplify_image, to_network_image
 
 _IMAGES, _LABELS = FILES[:2]  # an addition's files have the names of MNIST's training files
 

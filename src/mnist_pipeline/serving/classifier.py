@@ -18,7 +18,8 @@ from mnist_pipeline.common.files import check_file
 from mnist_pipeline.common.paths import BEST, MODEL
 from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.model_file import load_model
-from mnist_pipeline.serving.preprocessing import MAX_BYTES, name_in_errors, open_image, to_network_image
+from mnist_pipeline.serving.picture_file import MAX_BYTES, name_in_errors, open_image
+from mnist_pipeline.serving.preprocessing import to_network_image
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.network import count_parameters
 from mnist_pipeline.serving.classifier import Classifier, find_model
 from mnist_pipeline.serving.kept import KeptPictures
-from mnist_pipeline.serving.preprocessing import PICTURE_FORMATS
+from mnist_pipeline.serving.picture_file import PICTURE_FORMATS
 
 LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 MAX_BODY_BYTES = 5_000_000
@@ -184,8 +184,7 @@ def _is_slow(body: bytes) -> bool:
     """Return whether an image may take seconds, as its header says: it has many pixels, or is decoded in Python."""
     with warnings.catch_warnings(), suppress(Exception):  # open_image will say what is wrong with it
         warnings.simplefilter("ignore")
-        formats = [name for name in PICTURE_FORMATS if name != "ICO"]  # opening an icon decodes it
-        with Image.open(io.BytesIO(body), formats=formats) as image:
+        with Image.open(io.BytesIO(body), formats=PICTURE_FORMATS) as image:
             pixels = image.width * image.height
             return pixels > _MANY_PIXELS or any(tile[0] in Image.DECODERS for tile in image.tile)
     return False

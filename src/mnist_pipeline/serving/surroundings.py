@@ -1,0 +1,245 @@
+"""Find the one digit of a picture among what surrounds it: frames, ruled paper, shadows, edges and neighbours."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise, product
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.serving.ink import (
+    Array,
+    Bounds,
+    Ink,
+    Mask,
+    corners_are_bright,
+    find_bounds,
+    measure_ink,
+    measure_local_ink,
+)
+
+_CROPS = 3  # a picture may be cropped so often
+_MOST_FRAMES = 3  # the largest ones are looked into
+_SMALLEST_FRAME = 20  # pixels of the coarse picture
+_INSET = 0.03  # of a frame's longer side: its own border and the fringes of a JPEG
+_MARGIN = 0.25  # of a digit's longer side: so much paper stays around it
+_BROAD = 0.3  # of the shorter side: strokes are narrower, shadows broader
+_WHOLE = 2.0  # times the shorter side: the whole picture
+_STRONG = 60  # of 255 levels: a digit that leaves no margin differs so much from its background
+_STRAIGHT = 0.9  # of the pixels agree that the ink ends at a straight line: a shadow's
+_OUTER, _MOSTLY = 0.2, 0.75  # of the picture is its rim, where three quarters of what lies at the edge are
+_TALL, _WIDE = 0.18, 0.25  # of the height, of the longer side: a digit clear of the edge is at least so large
+_PART_OF_DIGIT = 0.1  # of the largest piece: smaller ones are dust
+_LINE = 0.02  # of the longer side: ruled lines are thinner
+_RULED = 0.7  # of a ruled line is seen
+_SLOPES = np.linspace(-0.15, 0.15, 61)  # of ruled lines, by which the paper may be turned
+_RULING_LEFT = 1 / 3  # of the strongest ink: what is paler after lines were erased are their remains
+_AS_TALL, _APART = 0.6, 0.05  # of the taller one: two pieces so tall and so far apart are two digits
+
+
+def find_digit(image: Image.Image) -> Array:
+    """Return the ink (height, width) of the part of a simplified picture that holds its digit.
+
+    Ink clear of the picture's edge is the digit. Otherwise what may surround a digit is taken away: a frame, ruled
+    lines, a shadow, what lies at the edge. Where nothing helps, all ink is the digit.
+
+    Raises:
+        UserError: there is no digit, or more than one.
+    """
+    ink, kept = _search(image, _CROPS)
+    pieces = sorted((columns.start, columns.stop, rows.stop - rows.start) for _, (rows, columns) in _find_pieces(kept))
+    tallest = max(height for *_, height in pieces)
+    columns = [(start, stop) for start, stop, height in pieces if height >= _AS_TALL * tallest]
+    if any(after[0] - before[1] > _APART * tallest for before, after in pairwise(columns)):
+        raise UserError("the picture holds more than one digit: cut out one")
+    return ink.cut_out(kept)
+
+
+def _search(image: Image.Image, crops: int, lines: bool = True) -> tuple[Ink, Mask]:
+    """Return the ink of a picture, or of a part of it, and which marks are the digit's.
+
+    It may be cropped so many times more, and may have lines to erase.
+    """
+    ink = measure_ink(image)
+    marks = ink.mark()
+    frames = _find_frames(marks) if ink.visible and crops else []
+    if ink.visible and not frames and not _touches_edge(marks):
+        return ink, marks
+    for frame in frames:
+        try:
+            inside, kept = _search(_crop(image, frame, marks.shape, -_INSET), crops - 1, lines)
+        except UserError:
+            continue
+        if not _touches_edge(kept):
+            return inside, kept
+    if lines and (unruled := _erase_ruling(image)):
+        found, kept = _search(unruled, crops, lines=False)
+        if found.coarse.max() < _RULING_LEFT * ink.coarse.max():
+            raise _no_digit()
+        return found, kept
+    if not ink.visible or _is_broad(marks):
+        if past := _look_past_shadows(image, ink, marks):
+            return past
+        if not ink.visible or _is_shadow(marks):
+            raise _no_digit()
+    inner = _find_inner(marks)
+    if crops and inner.any() and _lie_outside(marks):
+        return _search(_crop(image, find_bounds(inner), marks.shape, _MARGIN), crops - 1, lines=False)
+    return ink, marks
+
+
+def _look_past_shadows(image: Image.Image, smooth: Ink, marks: Mask) -> tuple[Ink, Mask] | None:
+    """Return ink that stands out from what is near, or a digit so large that it left the smooth background no room."""
+    bright = corners_are_bright(image)
+    for dark in (True, False) if _is_shadow(marks) else (bright,):  # most shadows fall on paper
+        ink = measure_local_ink(image, smooth, _BROAD, dark)
+        inner = _find_inner(ink.mark())
+        if ink.visible and inner.sum() > ink.mark().sum() / 2:
+            return ink, inner
+    if not smooth.visible:
+        ink = measure_local_ink(image, smooth, _WHOLE, bright)
+        marks = ink.mark()
+        if ink.coarse.max() >= _STRONG and _fills(marks) and not _is_shadow(marks):
+            return ink, marks
+    return None
+
+
+def _no_digit() -> UserError:
+    return UserError("the picture holds no digit: nothing in it stands out from its background")
+
+
+def _crop(image: Image.Image, bounds: Bounds, coarse: tuple[int, ...], margin: float) -> Image.Image:
+    """Cut out bounds of the coarse picture (shape given), widened by a part of their longer side, or narrowed."""
+    reach = margin * max(part.stop - part.start for part in bounds) + math.copysign(1, margin)
+    (top, bottom), (left, right) = (
+        (max(0.0, part.start - reach) * fine / size, min(size, part.stop + reach) * fine / size)
+        for part, fine, size in zip(bounds, (image.height, image.width), coarse, strict=True)
+    )
+    return image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
+
+
+def _touches_edge(marks: Mask) -> bool:
+    return bool(marks[[0, -1]].any() or marks[:, [0, -1]].any())
+
+
+def _label(marks: Mask) -> NDArray[np.int32]:
+    """Number the pieces of ink that are connected, also at corners: 0 is no ink."""
+    labels: NDArray[np.int32] = ndimage.label(marks, np.ones((3, 3)))[0]
+    return labels
+
+
+def _find_pieces(marks: Mask) -> Iterator[tuple[Mask, Bounds]]:
+    """Yield each connected piece of ink, cut out, and where it lies."""
+    labels = _label(marks)
+    for number, bounds in enumerate(ndimage.find_objects(labels), 1):
+        yield labels[bounds] == number, bounds
+
+
+def _find_frames(marks: Mask) -> list[Bounds]:
+    """Return the largest rectangles, filled or not: a photo on a page, the axes of a figure, a box of a form."""
+    frames = [
+        (piece.size, bounds)
+        for piece, bounds in _find_pieces(marks)
+        if min(piece.shape) >= _SMALLEST_FRAME and ndimage.binary_fill_holes(piece).mean() > 0.9
+    ]
+    frames.sort(key=lambda frame: -frame[0])
+    return [bounds for _, bounds in frames[:_MOST_FRAMES]]
+
+
+def _is_broad(marks: Mask) -> bool:
+    """Tell whether a square of ink is too broad for a stroke."""
+    side = max(3, round(_BROAD * min(marks.shape)))
+    return bool(ndimage.binary_erosion(marks, np.ones((side, side))).any())
+
+
+def _is_shadow(marks: Mask) -> bool:
+    """Tell whether the marks are all on one side of a straight line."""
+    y, x = (axis.ravel() for axis in np.indices(marks.shape))
+    terms = np.stack([np.ones(marks.size), y, x], axis=1)
+    side = terms @ np.linalg.lstsq(terms, marks.ravel().astype(float))[0] > 0.5
+    return bool((side == marks.ravel()).mean() > _STRAIGHT)
+
+
+def _fills(marks: Mask) -> bool:
+    """Tell whether a piece covers the middle of the picture and half of its height or width."""
+    return any(
+        all(part.start < size / 2 < part.stop for part, size in zip(bounds, marks.shape, strict=True))
+        and any(part.stop - part.start > size / 2 for part, size in zip(bounds, marks.shape, strict=True))
+        for _, bounds in _find_pieces(marks)
+    )
+
+
+def _find_inner(marks: Mask) -> Mask:
+    """Keep the marks of the pieces that are clear of the edge and large enough for a digit, or not much smaller."""
+    labels = _label(marks)
+    sizes = np.bincount(labels.ravel())
+    sizes[_find_outer(labels)] = 0
+    large = [
+        size
+        for size, (rows, columns) in zip(sizes[1:], ndimage.find_objects(labels), strict=True)
+        if rows.stop - rows.start >= _TALL * marks.shape[0]
+        or max(rows.stop - rows.start, columns.stop - columns.start) >= _WIDE * max(marks.shape)
+    ]
+    kept: Mask = (sizes > 0) & (sizes >= _PART_OF_DIGIT * max(large, default=math.inf))
+    return kept[labels]
+
+
+def _find_outer(labels: NDArray[np.int32]) -> NDArray[np.int32]:
+    """Return the numbers of the pieces at the edge, and 0."""
+    return np.union1d([0], np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]]))
+
+
+def _lie_outside(marks: Mask) -> bool:
+    """Tell whether the pieces that touch the edge stay near it."""
+    labels = _label(marks)
+    y, x = (np.minimum(at, at[::-1]) / len(at) for at in map(np.arange, marks.shape))
+    near = np.minimum.outer(y, x) < _OUTER
+    return bool((ndimage.mean(near, labels, _find_outer(labels)[1:]) > _MOSTLY).all())
+
+
+def _erase_ruling(image: Image.Image) -> Image.Image | None:
+    """Return the picture without ruled or squared lines, dark or light; None if there are none."""
+    if image.mode == "RGBa":
+        return None  # no paper
+    pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
+    thickness = max(3, round(_LINE * max(image.size)) | 1)
+    erased = False
+    for axis, sign in product((0, 1), (1, -1)):
+        lines = _find_lines(np.moveaxis(sign * pixels.mean(axis=2), axis, 0), thickness)
+        if lines is not None:
+            size = [1, 1, 1]
+            size[axis] = thickness + 2
+            paper = sign * ndimage.grey_closing(sign * pixels, size)
+            pixels = np.where(np.moveaxis(lines, 0, axis)[:, :, None], paper, pixels)
+            erased = True
+    if not erased:
+        return None
+    levels = np.rint(pixels).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0])
+
+
+def _find_lines(grey: Array, thickness: int) -> Mask | None:
+    """Mark dark lines that run from left to right (height, width), as a slope allows; None if there are fewer than two.
+
+    What is drawn across a line stays: there the ink is higher than the line is thick.
+    """
+    depth = ndimage.grey_closing(grey, (thickness, 1)) - grey
+    dark = depth > max(6, 3 * float(np.median(depth)))
+    height, width = dark.shape
+    rows, columns = np.nonzero(dark)
+    best, best_seen = 0.0, np.zeros(height)
+    for slope in _SLOPES:
+        straight = rows + np.rint(slope * (columns - width / 2)).astype(int)
+        seen = np.bincount(straight[(straight >= 0) & (straight < height)], minlength=height) / width
+        if seen[seen > _RULED].sum() > best_seen[best_seen > _RULED].sum():
+            best, best_seen = slope, seen
+    if ndimage.label(best_seen > _RULED)[1] < 2:
+        return None
+    ruled = ndimage.binary_dilation(best_seen > _RULED, iterations=2)
+    straight = np.arange(height)[:, None] + np.rint(best * (np.arange(width) - width / 2)).astype(int)
+    on_line = ruled[straight.clip(0, height - 1)]
+    lines: Mask = ndimage.binary_dilation(dark & on_line, np.ones((3, 3)), mask=on_line & (depth > 0))
+    return lines
