@@ -20,7 +20,6 @@ from mnist_pipeline.common.paths import (
     DIFF,
     HISTORY,
     METRICS,
-    PREDICTIONS,
     PROCESSORS,
     ROBUSTNESS,
     STUDIES,
@@ -71,7 +70,7 @@ def renew(page: str) -> str:
 
 def _results() -> str:
     """Compare the main figures in reports/ with the specification's, and say how precise they are."""
-    found = load_results(HISTORY, METRICS, PREDICTIONS, CALIBRATION, ROBUSTNESS, STUDIES)
+    found = load_results(HISTORY, METRICS, None, CALIBRATION, ROBUSTNESS, STUDIES)
     rows = compare_results(found, load_params().data.monitor_name)
     accuracy, images = found.metrics["test_accuracy"], found.metrics["test_total"]
     error = math.sqrt(accuracy * (1 - accuracy) / images)

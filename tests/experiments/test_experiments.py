@@ -59,7 +59,7 @@ class Story:
 
     def wait_for_queue(self, unwanted: str) -> None:
         """Wait until `dvc queue status` shows nothing that matches a pattern."""
-        end = time.monotonic() + 300
+        end = time.monotonic() + 900
         while not self.queue or re.search(unwanted, self.queue[-1]):
             assert time.monotonic() < end, self.queue[-1:]
             time.sleep(4)  # asking takes as much of the processor as training

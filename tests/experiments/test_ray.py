@@ -173,7 +173,7 @@ def test_a_sweep_that_is_interrupted_ends_its_trainings(cluster: Cluster) -> Non
     driver = cluster.driver.start(*cluster.command("interrupted.yaml", 2))
     wait_for(lambda: len([run for run in cluster.runs_of("interrupted") if run.data.metrics]) == 2)
     driver.terminate()
-    said, _ = driver.communicate(timeout=120)
+    said, _ = driver.communicate(timeout=300)
     assert driver.returncode != 0, said
     assert [run.info.status for run in cluster.runs_of("interrupted")] == ["KILLED"] * 2
 

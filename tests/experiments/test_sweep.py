@@ -156,7 +156,7 @@ def test_an_interrupted_sweep_ends_its_trainings_and_goes_on_when_it_is_called_a
     repository = repository_with_data(tmp_path, fresh=False, validation_size=100, epochs=10, batch_size=16)
     driver = start_until_all_train(repository, trials=1)
     driver.terminate()
-    printed, _ = driver.communicate(timeout=120)
+    printed, _ = driver.communicate(timeout=300)
     assert driver.returncode == 130, printed
     assert {run.info.status for run in repository.runs()} == {"KILLED"}
 

@@ -24,7 +24,7 @@ def free_port() -> int:
 
 def wait_until(condition: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
     """Wait until a server that was started meets a condition; if it ends or takes too long, fail with its log."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -50,7 +50,7 @@ class MadeUpTrials:
         return [trial.params.train.learning_rate for trial in self.trials]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+def wait_for(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
