@@ -261,6 +261,13 @@ def test_mistakes_on_other_test_images_are_not_compared(changed: Retraining) -> 
     assert "The base was tested on other images, so this report cannot tell which mistakes are new." in report
 
 
+def test_mistakes_are_not_compared_with_predictions_that_dvc_lost(changed: Retraining) -> None:
+    assert changed.before
+    report = render_comment(replace(changed, before=replace(changed.before, predictions=[])))
+    assert "DVC has the base's predictions neither in its cache nor in a remote" in report
+    assert not [found for found in tables(report) if found[0][0] == "Test image"]
+
+
 def test_a_run_that_is_always_wrong_fits_into_a_comment(changed: Retraining, tmp_path: Path) -> None:
     report = render_comment(replace(changed, after=results(tmp_path, wrong(*range(200)), epochs=100)))
     assert "New, the 20 most confident of 198" in report
