@@ -256,7 +256,7 @@ def test_the_name_of_a_source_is_printed_in_one_line(
     with pytest.raises(UserError):
         download(raw, digests)
     printed = capsys.readouterr()
-    assert printed.out.splitlines()[0] == r"Fetching MNIST from MNIST_DIR (no\nsuch\x1b[31mplace)"
+    assert printed.out.splitlines()[0] == r"Fetching the images from MNIST_DIR (no\nsuch\x1b[31mplace)"
     assert r"no\nsuch\x1b[31mplace" in printed.err.splitlines()[0]
 
 

@@ -196,7 +196,7 @@ def test_an_addition_with_a_copy_of_an_image_of_mnist_is_refused(
 ) -> None:
     write_idx(tmp_path / "mine", NEW[:3] + {"test": TEST, "train": TRAIN}[part][9:10])
     data = params.data.model_copy(update={"validation_size": validation_size})
-    with pytest.raises(UserError, match=rf"mine: image 3 \(a copy of MNIST's {part} image 9\)$"):
+    with pytest.raises(UserError, match=rf"mine: image 3 \(a copy of {part} image 9\)$"):
         load_training_data(DATA, tmp_path, data, seed=0)
 
 

@@ -89,22 +89,22 @@ def sparse(path: Path) -> None:
 
 SEVEN = TRAIN.pixels[0].numpy()
 REFUSED = {
-    "a test image": (picture(TEST.pixels[12]), ["must be new", "mine/7/odd.png (a copy of MNIST's test image 12)"]),
+    "a test image": (picture(TEST.pixels[12]), ["must be new", "mine/7/odd.png (a copy of test image 12)"]),
     "a test image with another label": (
         picture(TEST.pixels[12], name="0/a.png"),
-        ["0/a.png (a copy of MNIST's test image 12)"],
+        ["0/a.png (a copy of test image 12)"],
     ),
-    "a test image altered by a level": (picture(TEST.pixels[12] ^ 1), ["7/odd.png (a copy of MNIST's test image 12)"]),
-    "a test image as JPEG": (picture(TEST.pixels[12], name="7/odd.jpg"), ["odd.jpg (a copy of MNIST's test image 12)"]),
+    "a test image altered by a level": (picture(TEST.pixels[12] ^ 1), ["7/odd.png (a copy of test image 12)"]),
+    "a test image as JPEG": (picture(TEST.pixels[12], name="7/odd.jpg"), ["odd.jpg (a copy of test image 12)"]),
     "a test image in colours that are grey": (
         picture(TEST.pixels[3], "RGB"),
-        ["odd.png (a copy of MNIST's test image 3)"],
+        ["odd.png (a copy of test image 3)"],
     ),
     "many test images": (
         lambda: write_pictures(Path("mine"), TEST[:80]),
-        ["mine/0/005.png (a copy of MNIST's test image 5)", "and 75 more"],
+        ["mine/0/005.png (a copy of test image 5)", "and 75 more"],
     ),
-    "a training image": (picture(SEVEN), ["mine/7/odd.png (a copy of MNIST's train image 0)"]),
+    "a training image": (picture(SEVEN), ["mine/7/odd.png (a copy of train image 0)"]),
     "a digit twice": (
         picture(NEW.pixels[0], name="9/odd.png"),
         [f"take out mine/9/odd.png (a copy of mine/{NEW.labels[0]}/000.png)"],
@@ -129,13 +129,13 @@ REFUSED = {
     "a name of two lines": (file("7/two\nlines\x1b[31m.png"), [r"mine/7/two\nlines\x1b[31m.png: this is no picture"]),
     "a copy with a name of two lines": (
         picture(TEST.pixels[12], name="7/two\nlines.png"),
-        [r"mine/7/two\nlines.png (a copy of MNIST's test image 12)"],
+        [r"mine/7/two\nlines.png (a copy of test image 12)"],
     ),
     "an unknown class": (picture(SEVEN, name="10/a.png"), ["mine/10 is unknown", "directories 0 to 9"]),
     "a file among the classes": (file("labels.csv"), ["mine/labels.csv is unknown"]),
     "no pictures": (empty, ["mine has no pictures in directories 0 to 9, and no train-images-idx3-ubyte"]),
     "too many of a class": (many_ones, ["training images of 1", "data.max_class_ratio allows 2 times as many"]),
-    "IDX with a test image": (idx(NEW[:3] + TEST[7:8]), ["idx3-ubyte: image 3 (a copy of MNIST's test image 7)"]),
+    "IDX with a test image": (idx(NEW[:3] + TEST[7:8]), ["idx3-ubyte: image 3 (a copy of test image 7)"]),
     "a damaged IDX": (idx(NEW, images=encode_idx(NEW.pixels)[:-1]), ["train-images-idx3-ubyte is damaged"]),
     "IDX without labels": (
         lambda: shutil.copy(DATA / IMAGES, "mine"),
@@ -167,7 +167,7 @@ def test_the_reports_pictures_of_misread_test_images_are_refused() -> None:
     shutil.rmtree("mine")
     write_png(Path("mine/7/12.png"), enlarge(TEST.pixels[12].numpy()))
     assert "112×112" in refusal()
-    assert "mine/7/12.png (a copy of MNIST's test image 12)" in refusal(normalize=True)
+    assert "mine/7/12.png (a copy of test image 12)" in refusal(normalize=True)
 
 
 @pytest.mark.usefixtures("workspace")
@@ -370,8 +370,8 @@ def test_a_clone_does_not_train_without_the_addition_and_can_pull_it(shared: Sto
 def test_a_test_image_that_was_added_by_hand_ends_the_training_in_one_line(shared: Story) -> None:
     assert shared.steps["leak"].returncode != 0
     assert re.findall("(?m)^error: .*$", shared.said("leak")) == [
-        "error: added images must be new, not copies of MNIST's or of each other: take out "
-        "data/added/leak: image 0 (a copy of MNIST's test image 5)"
+        "error: added images must be new, not copies of those in data/raw or of each other: take out "
+        "data/added/leak: image 0 (a copy of test image 5)"
     ]
     assert "Traceback" not in shared.said("leak")
 

@@ -69,7 +69,7 @@ def download(directory: Path, digests: dict[str, str]) -> None:
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     for name, fetch in _sources():
-        print(f"Fetching MNIST from {printable(name)}", flush=True)
+        print(f"Fetching the images from {printable(name)}", flush=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".download-") as temporary:
             try:
                 fetched = fetch(Path(temporary))

@@ -43,7 +43,7 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
             f"a label must be one of 0 to {len(classes) - 1}, as data.classes: take out {_first_few(wrong)}"
         )
     parts = {part: load_digits(raw, part) for part in PREFIXES}
-    known = [f"MNIST's {part} image {index}" for part, digits in parts.items() for index in range(len(digits))]
+    known = [f"{part} image {index}" for part, digits in parts.items() for index in range(len(digits))]
     known += names
     originals = find_originals(added.pixels, torch.cat([digits.pixels for digits in parts.values()]))
     copies = [
@@ -53,7 +53,7 @@ def check_additions(added: Digits, names: Sequence[str], raw: Path, params: Data
     ]
     if copies:
         raise UserError(
-            f"added images must be new, not copies of MNIST's or of each other: take out {_first_few(copies)}"
+            f"added images must be new, not copies of those in {raw} or of each other: take out {_first_few(copies)}"
         )
     bright = (added.pixels > 127).sum(dim=(1, 2)).tolist()
     wrong = [name for name, count in zip(names, bright, strict=True) if not 0 < count < SIDE * SIDE / 2]

@@ -14,6 +14,7 @@ from mnist_pipeline.report.chart_style import BLUE, CHART_WIDTH, GREY, ORANGE, R
 from mnist_pipeline.report.pictures import encode_png, enlarge
 
 _LOSS_TICKS = [a * 10.0**b for b in range(-4, 2) for a in (1, 2, 5)]  # of a logarithmic axis
+_MOST_NUMBERED = 20  # classes of a confusion matrix whose numbers have room
 _ROW_HEIGHT = 36  # pixels, of a chart with a row of digits
 _DIGIT, _LETTER = 46, 7  # pixels: side of a misclassified digit with its margin, mean width of a letter below it
 
@@ -94,7 +95,8 @@ def draw_confusion_matrix(confusion: np.ndarray, classes: Sequence[str]) -> Char
     shade = alt.Opacity("errors:Q", scale=alt.Scale(domain=[0, largest], range=[0, 0.75]), legend=None)
     right = alt.condition("datum.label == datum.prediction", alt.value(0.6), alt.value(1.0))
     colour = base.mark_rect(color=RED).encode(opacity=shade)
-    return style_chart(alt.layer(colour, base.mark_text().encode(text="text:N", opacity=right)), CHART_WIDTH - 60)
+    numbers = [base.mark_text().encode(text="text:N", opacity=right)] if len(classes) <= _MOST_NUMBERED else []
+    return style_chart(alt.layer(colour, *numbers), CHART_WIDTH - 60)
 
 
 def draw_reliability(calibration: Sequence[Mapping[str, float]]) -> Chart:
