@@ -2,7 +2,7 @@
 
 import sys
 
-sys.path.insert(0, "src")  # the package of this directory, whichever is installed
+sys.path.insert(0, "src")  # this directory's package: DVC runs experiments in copies of the repository
 
 from mnist_pipeline.common.errors import run
 from mnist_pipeline.common.files import write_csv, write_json

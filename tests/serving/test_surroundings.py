@@ -64,6 +64,18 @@ def on_a_page(photo: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.pad(0.6 * photo, 90, constant_values=255)
 
 
+def on_a_dark_table(sheet: NDArray[np.float64]) -> NDArray[np.float64]:
+    page = Image.fromarray(np.pad(sheet, 20, constant_values=40)).rotate(
+        8, Image.Resampling.BILINEAR, True, fillcolor=40
+    )
+    return np.asarray(page)
+
+
+def with_a_margin(draw: ImageDraw.ImageDraw) -> None:
+    lines(draw)
+    draw.line([(60, 0), (60, HEIGHT)], fill=255, width=2)
+
+
 def beside_the_table(page: NDArray[np.float64]) -> NDArray[np.float64]:
     page = page.copy()
     page[:, 400:] = page[330:] = 70
@@ -74,9 +86,11 @@ SCENES: dict[str, Scene] = {
     "plain paper": written,
     "ruled paper": lambda ink: np.minimum(written(ink), 215 - 70 * drawn(lines)),
     "ruled paper, turned": lambda ink: np.minimum(written(ink), 215 - 70 * drawn(lambda draw: lines(draw, slant=30))),
+    "ruled paper with a margin": lambda ink: np.minimum(written(ink), 215 - 70 * drawn(with_a_margin)),
     "squared paper": lambda ink: np.minimum(written(ink), 215 - 60 * drawn(squares)),
     "a blackboard with lines": lambda ink: np.maximum(40 + 190 * ink, 40 + 60 * drawn(lines)),
     "the edge of the paper": lambda ink: beside_the_table(written(ink)),
+    "a sheet, turned, on a table": lambda ink: on_a_dark_table(written(ink)),
     "a hard shadow": lambda ink: half_in_shade(written(ink)),
     "neighbours at the edge": lambda ink: written(neighbours(ink)),
     "a figure with axes": lambda ink: 255 - 235 * with_axes(ink),
@@ -133,7 +147,7 @@ def test_paper_without_a_digit_is_refused(brightness: NDArray[np.float64]) -> No
         to_mnist_image(photo(brightness))
 
 
-def test_more_than_one_digit_is_refused() -> None:
-    first, second = load_digits(DATA, "test").pixels.numpy()[:2]
+@pytest.mark.parametrize("place", [np.hstack, np.vstack])
+def test_more_than_one_digit_is_refused(place: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> None:
     with pytest.raises(UserError, match="more than one digit: cut out one"):
-        to_mnist_image(Image.fromarray(np.pad(np.hstack([first, second]), 20)))
+        to_mnist_image(Image.fromarray(np.pad(place(load_digits(DATA, "test").pixels.numpy()[:2]), 20)))

@@ -9,10 +9,10 @@ import os
 SETTINGS = {
     "ATEN_CPU_CAPABILITY": "avx2",  # torch's own kernels
     "ONEDNN_MAX_CPU_ISA": "AVX2",  # convolutions
-    "MKL_CBWR": "COMPATIBLE",  # MKL; what makes an output avoids it all the same: it looks at the maker, too
+    "MKL_CBWR": "COMPATIBLE",  # MKL also asks who made the processor, so nothing that makes an output calls it
     "OMP_DYNAMIC": "false",  # else fewer threads than `threads` could share the work
-    "GOMP_SPINCOUNT": "1000",  # a thread that waits leaves its core to other programs soon: for speed alone
-    "THP_MEM_ALLOC_ENABLE": "1",  # large pages for torch's large tensors: for speed alone
+    "GOMP_SPINCOUNT": "1000",  # for speed alone: a thread that waits soon leaves its core to other programs
+    "THP_MEM_ALLOC_ENABLE": "1",  # for speed alone: large pages for torch's large tensors
 }
 
 

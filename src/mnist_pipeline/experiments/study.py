@@ -26,8 +26,8 @@ def run_study(recipe: str, seeds: int, validation: bool, ray_address: str | None
     Rows with the current params, data and code stay. If only data or code changed, one such seed is trained again: if
     its figures are the same, the other rows stay too, otherwise they are dropped.
 
-    Each training runs in one process of one thread, as many at once as there are cores: this is faster than several
-    threads for each. With `ray_address` they run in that Ray cluster.
+    Each training runs in one process of one thread, as many at once as there are cores: no thread waits for another.
+    With `ray_address` they run in that Ray cluster.
 
     Raises:
         UserError: there is no such recipe, a training failed, or the cluster cannot be used.

@@ -15,7 +15,7 @@ from mnist_pipeline.serving.kept import read_kept_pictures
 
 _BOUNDS = [0.5, 0.8, 0.9, 0.99, 0.999]  # between the bins of probabilities
 _RANGES = ["below 50%", "50% to 80%", "80% to 90%", "90% to 99%", "99% to 99.9%", "above 99.9%"]
-_SAMPLES = 2000  # of the test images, to learn what chance does
+_SAMPLES = 2000  # drawn at random, to learn how far chance alone drifts
 _BAR = 30  # characters for 100%
 
 

@@ -43,7 +43,7 @@ class Ink:
         ink, peak = self.fine, float(self.coarse[kept].max())
         while _estimate_noise(ink) > peak / 20 and max(ink.shape) >= 2 * _COARSE:
             ink = np.asarray(Image.fromarray(ink).reduce(2))
-        # Averaging makes dust paler than thin lines; noise must not count, however faint the ink is.
+        # Averaging makes dust paler than thin lines.
         bounds = _widen(find_bounds(kept & (self.coarse > self._above_noise(1 / 3, peak))), kept.shape, ink.shape)
         foreign = Image.fromarray(self.mark() & ~kept).resize(ink.shape[::-1])
         digit = np.where(np.asarray(foreign)[bounds], np.float32(0), ink[bounds])
@@ -51,7 +51,7 @@ class Ink:
         return np.where(digit < floor, np.float32(0), digit)
 
     def _above_noise(self, part: float, peak: float | None = None) -> float:
-        """Return a level: a part of the strongest ink, or more where there is noise."""
+        """Return a part of the strongest ink, or more if there is noise, which must not count."""
         peak = peak or float(self.coarse.max())
         return max(part * peak, min(5 * _estimate_noise(self.coarse), peak / 2))
 
@@ -77,9 +77,11 @@ def measure_ink(image: Image.Image) -> Ink:
 
 
 def measure_local_ink(image: Image.Image, smooth: Ink, neighbourhood: float, dark: bool) -> Ink:
-    """Measure dark or light ink again, each pixel against the lightest or darkest around it, up to a part of the side.
+    """Measure the ink again, of which is known whether it is dark or light.
 
-    So the edge of a shadow makes no ink, and ink may cover half of the picture.
+    Dark ink is compared with the lightest pixels around it, light ink with the darkest; `neighbourhood` says how far
+    they may lie, as a part of the shorter side. So the edge of a shadow makes no ink, and ink may cover half of the
+    picture.
 
     The background is a morphological closing (Serra, 1982, *Image Analysis and Mathematical Morphology*).
     """
@@ -94,6 +96,7 @@ def measure_local_ink(image: Image.Image, smooth: Ink, neighbourhood: float, dar
         255 - 255 * (values + _DARK) / (np.asarray(_stretch(background, values.shape)) + _DARK)
         for values in (coarse, fine)
     )
+    # At least a quarter of the picture is paper.
     paper = np.quantile(coarse, 0.25).astype(np.float32)
     visible = bool(coarse.max() - paper >= max(_FAINTEST_LOCAL_INK, 5 * _estimate_noise(coarse - paper)))
     return Ink(fine - paper, coarse - paper, smooth.colour, visible)
@@ -122,9 +125,10 @@ def _to_array(image: Image.Image) -> Array:
 def _fit_background(pixels: Array) -> Array:
     """Fit a biquadratic surface to each channel of pixels (height, width, channels), ignoring what stands out from it.
 
-    It starts from the pixels near the median of the outermost ones, and again from a broad border, and repeats the fit
-    with the pixels near the last surface. It keeps the result that is closer to its nearest quarter of the pixels: ink
-    may cover more than half. Returns the coefficients (channels, 3, 3) of the powers of y and x, for `_evaluate`.
+    It fits twice: first to the pixels near the median of the outermost ones, then to a broad border. Each fit is
+    repeated with the pixels near the last surface. Of both it keeps the surface that is closer to the quarter of the
+    pixels nearest to it: a quarter, because ink may cover more than half. Returns the coefficients (channels, 3, 3) of
+    the powers of y and x, for `_evaluate`.
     """
     height, width, channels = pixels.shape
     step = 1 + max(height, width) // 50  # two thousand samples are enough

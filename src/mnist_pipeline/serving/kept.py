@@ -1,7 +1,8 @@
 """Pictures that `mnist serve --keep` keeps: to check the answers, to train on them, and to see how they differ.
 
-They lie in directories named as their classes, where `mnist add` finds them, until then in `unlabelled`. Each is a PNG
-of the 28×28 pixels that the network got; its text says when it was read, by which model, and with which probabilities.
+A picture lies in `unlabelled` until somebody labels it, then in a directory named as its class, where `mnist add` finds
+it. Each is a PNG of the 28×28 pixels that the network got; its text says when it was read, by which model, and with
+which probabilities.
 """
 
 import json

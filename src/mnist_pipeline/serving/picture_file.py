@@ -16,7 +16,7 @@ MAX_PIXELS = 50_000_000  # larger pictures are not decoded; Pillow holds each pi
 _MAX_SIDE = 20_000  # pixels: a picture of one column costs ten times as much memory for each pixel
 _MAX_SCANS = 100  # of a JPEG: it is decoded once for each of its scans, which may hold nothing
 # Not every format that Pillow reads: some are decoded in Python, or hold other files whose size nothing limits. An icon
-# is decoded before its size is known.
+# is decoded before its size is known. EPS is here only to say why it is refused.
 _WANTED = ["AVIF", "BMP", "EPS", "GIF", "HEIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"]
 _LARGE_ENOUGH = (500, 500)  # pixels: a JPEG that is larger is decoded at a fraction of its size
 pi_heif.register_heif_opener()  # iPhones take such pictures
@@ -34,7 +34,7 @@ def name_in_errors(name: object) -> Iterator[None]:
 
 
 def open_image(source: BinaryIO | bytes) -> Image.Image:
-    """Decode the first frame of a picture in any format that Pillow reads, turned upright.
+    """Decode the first frame of a picture in one of PICTURE_FORMATS, turned upright.
 
     A large JPEG is decoded at a fraction of its size, but no smaller than `to_mnist_image` needs it.
 

@@ -67,7 +67,7 @@ def _place_digit(ink: NDArray[np.float32]) -> NDArray[np.uint8]:
     for axis, part in enumerate(bounds):
         mass = ink.sum(axis=1 - axis, dtype=np.float64)
         centre = float(mass @ (np.arange(len(mass)) + 0.5)) / float(mass.sum())
-        # Whole pixels, 0 to 1 of them beyond the middle, as in all but two of MNIST's 70,000 images.
+        # A digit lies on whole pixels, its centre of mass up to 1 beyond the middle, as all but two of MNIST's 70,000.
         first = math.ceil(SIDE / 2 - scale * (centre - part.start) - _ROUNDING)
         last = SIDE - math.ceil(scale * (part.stop - part.start) - _ROUNDING)  # so that the digit's end fits
         corner.append(part.start - min(max(first, 0), last) / scale)

@@ -24,60 +24,62 @@ from mnist_pipeline.serving.ink import (
 _CROPS = 3  # a picture may be cropped so often
 _MOST_FRAMES = 3  # the largest ones are looked into
 _SMALLEST_FRAME = 20  # pixels of the coarse picture
+_RECTANGULAR = 0.88  # of a rectangle is filled by a sheet that perspective distorts
 _INSET = 0.03  # of a frame's longer side: its own border and the fringes of a JPEG
 _MARGIN = 0.25  # of a digit's longer side: so much paper stays around it
 _BROAD = 0.3  # of the shorter side: strokes are narrower, shadows broader
 _WHOLE = 2.0  # times the shorter side: the whole picture
 _STRONG = 60  # of 255 levels: a digit that leaves no margin differs so much from its background
 _STRAIGHT = 0.9  # of the pixels agree that the ink ends at a straight line: a shadow's
-_OUTER, _MOSTLY = 0.2, 0.75  # of the picture is its rim, where three quarters of what lies at the edge are
+_OUTER = 0.2  # of each side: the picture's rim
+_MOSTLY = 0.75  # of a piece at the edge lies in the rim, if it is no digit
 _TALL, _WIDE = 0.18, 0.25  # of the height, of the longer side: a digit clear of the edge is at least so large
 _PART_OF_DIGIT = 0.1  # of the largest piece: smaller ones are dust
 _LINE = 0.02  # of the longer side: ruled lines are thinner
 _RULED = 0.7  # of a ruled line is seen
 _SLOPES = np.linspace(-0.15, 0.15, 61)  # of ruled lines, by which the paper may be turned
-_RULING_LEFT = 1 / 3  # of the strongest ink: what is paler after lines were erased are their remains
-_AS_TALL, _APART = 0.6, 0.05  # of the taller one: two pieces so tall and so far apart are two digits
+_REMAINS = 1 / 3  # of the strongest ink: what is paler after lines were erased, or inside a frame, is no digit
+# Pieces with so much of the strongest ink, of the tallest one's height, and so far apart, are digits of their own.
+_AS_DARK, _AS_TALL, _APART = 0.5, 0.6, 0.1
 
 
 def find_digit(image: Image.Image) -> Array:
     """Return the ink (height, width) of the part of a simplified picture that holds its digit.
 
-    Ink clear of the picture's edge is the digit. Otherwise what may surround a digit is taken away: a frame, ruled
-    lines, a shadow, what lies at the edge. Where nothing helps, all ink is the digit.
+    If no ink touches the picture's edge and none is a frame, all of it is the digit. Otherwise what may surround a
+    digit is taken away: a frame, ruled lines, a shadow, what lies at the edge. Where nothing helps, all ink counts.
 
     Raises:
         UserError: there is no digit, or more than one.
     """
     ink, kept = _search(image, _CROPS)
-    pieces = sorted((columns.start, columns.stop, rows.stop - rows.start) for _, (rows, columns) in _find_pieces(kept))
-    tallest = max(height for *_, height in pieces)
-    columns = [(start, stop) for start, stop, height in pieces if height >= _AS_TALL * tallest]
-    if any(after[0] - before[1] > _APART * tallest for before, after in pairwise(columns)):
-        raise UserError("the picture holds more than one digit: cut out one")
+    strongest = ink.coarse[kept].max()
+    strong = [bounds for piece, bounds in _find_pieces(kept) if ink.coarse[bounds][piece].max() >= _AS_DARK * strongest]
+    tallest = max(rows.stop - rows.start for rows, _ in strong)
+    tall = [bounds for bounds in strong if bounds[0].stop - bounds[0].start >= _AS_TALL * tallest]
+    for axis in (1,) if _touches_edge(ink.mark()) else (0, 1):  # a 1 without a margin can fall into pieces
+        extents = sorted((bounds[axis].start, bounds[axis].stop) for bounds in tall)
+        if any(after[0] - before[1] > _APART * tallest for before, after in pairwise(extents)):
+            raise UserError("the picture holds more than one digit: cut out one")
     return ink.cut_out(kept)
 
 
 def _search(image: Image.Image, crops: int, lines: bool = True) -> tuple[Ink, Mask]:
     """Return the ink of a picture, or of a part of it, and which marks are the digit's.
 
-    It may be cropped so many times more, and may have lines to erase.
+    `crops` says how often it may still be cropped, `lines` whether lines may be erased.
     """
     ink = measure_ink(image)
     marks = ink.mark()
     frames = _find_frames(marks) if ink.visible and crops else []
     if ink.visible and not frames and not _touches_edge(marks):
         return ink, marks
-    for frame in frames:
-        try:
-            inside, kept = _search(_crop(image, frame, marks.shape, -_INSET), crops - 1, lines)
-        except UserError:
-            continue
-        if not _touches_edge(kept):
-            return inside, kept
+    if inside := _search_inside(image, frames, ink, crops, lines):
+        return inside
     if lines and (unruled := _erase_ruling(image)):
         found, kept = _search(unruled, crops, lines=False)
-        if found.coarse.max() < _RULING_LEFT * ink.coarse.max():
+        remains = _touches_edge(kept) and not _find_inner(kept).any() and not _fills(kept)
+        if remains or found.coarse.max() < _REMAINS * ink.coarse.max():
             raise _no_digit()
         return found, kept
     if not ink.visible or _is_broad(marks):
@@ -86,13 +88,29 @@ def _search(image: Image.Image, crops: int, lines: bool = True) -> tuple[Ink, Ma
         if not ink.visible or _is_shadow(marks):
             raise _no_digit()
     inner = _find_inner(marks)
-    if crops and inner.any() and _lie_outside(marks):
-        return _search(_crop(image, find_bounds(inner), marks.shape, _MARGIN), crops - 1, lines=False)
-    return ink, marks
+    if not (inner.any() and _lie_outside(marks)):
+        return ink, marks
+    if not crops:
+        return ink, inner
+    return _search(_crop(image, find_bounds(inner), marks.shape), crops - 1, lines=False)
+
+
+def _search_inside(
+    image: Image.Image, frames: list[Mask], outside: Ink, crops: int, lines: bool
+) -> tuple[Ink, Mask] | None:
+    """Return what the first frame holds that has a digit clear of its edge."""
+    for frame in frames:
+        try:
+            ink, kept = _search(_look_inside(image, frame), crops - 1, lines)
+        except UserError:
+            continue
+        if not _touches_edge(kept) and ink.coarse.max() >= _REMAINS * outside.coarse.max():
+            return ink, kept
+    return None
 
 
 def _look_past_shadows(image: Image.Image, smooth: Ink, marks: Mask) -> tuple[Ink, Mask] | None:
-    """Return ink that stands out from what is near, or a digit so large that it left the smooth background no room."""
+    """Return ink that stands out from what is near, or a digit so large that no smooth background could be fitted."""
     bright = corners_are_bright(image)
     for dark in (True, False) if _is_shadow(marks) else (bright,):  # most shadows fall on paper
         ink = measure_local_ink(image, smooth, _BROAD, dark)
@@ -111,9 +129,9 @@ def _no_digit() -> UserError:
     return UserError("the picture holds no digit: nothing in it stands out from its background")
 
 
-def _crop(image: Image.Image, bounds: Bounds, coarse: tuple[int, ...], margin: float) -> Image.Image:
-    """Cut out bounds of the coarse picture (shape given), widened by a part of their longer side, or narrowed."""
-    reach = margin * max(part.stop - part.start for part in bounds) + math.copysign(1, margin)
+def _crop(image: Image.Image, bounds: Bounds, coarse: tuple[int, ...]) -> Image.Image:
+    """Cut out bounds of the coarse picture (shape given) with a margin."""
+    reach = 1 + _MARGIN * max(part.stop - part.start for part in bounds)
     (top, bottom), (left, right) = (
         (max(0.0, part.start - reach) * fine / size, min(size, part.stop + reach) * fine / size)
         for part, fine, size in zip(bounds, (image.height, image.width), coarse, strict=True)
@@ -138,15 +156,35 @@ def _find_pieces(marks: Mask) -> Iterator[tuple[Mask, Bounds]]:
         yield labels[bounds] == number, bounds
 
 
-def _find_frames(marks: Mask) -> list[Bounds]:
-    """Return the largest rectangles, filled or not: a photo on a page, the axes of a figure, a box of a form."""
-    frames = [
-        (piece.size, bounds)
-        for piece, bounds in _find_pieces(marks)
-        if min(piece.shape) >= _SMALLEST_FRAME and ndimage.binary_fill_holes(piece).mean() > 0.9
-    ]
-    frames.sort(key=lambda frame: -frame[0])
-    return [bounds for _, bounds in frames[:_MOST_FRAMES]]
+def _find_frames(marks: Mask) -> list[Mask]:
+    """Mark the insides of the largest rectangles: a sheet on a table, a photo on a page, axes, a box of a form."""
+    frames = []
+    for piece, bounds in _find_pieces(marks):
+        filled = ndimage.binary_fill_holes(piece)
+        if min(filled.shape) >= _SMALLEST_FRAME and _is_rectangle(filled):
+            frame = np.zeros_like(marks)
+            frame[bounds] = ndimage.binary_erosion(filled, iterations=1 + round(_INSET * max(filled.shape)))
+            frames.append(frame)
+    return sorted(frames, key=lambda frame: -frame.sum())[:_MOST_FRAMES]
+
+
+def _is_rectangle(piece: Mask) -> bool:
+    """Tell whether a piece fills most of a rectangle, turned or not."""
+    y, x = np.nonzero(piece & ~ndimage.binary_erosion(piece))
+    turns = np.linspace(0, np.pi / 2, 31)[:, None]
+    sides = (
+        np.ptp(x * np.cos(turns) + y * np.sin(turns), axis=1),
+        np.ptp(y * np.cos(turns) - x * np.sin(turns), axis=1),
+    )
+    return bool(piece.sum() > _RECTANGULAR * ((sides[0] + 1) * (sides[1] + 1)).min())
+
+
+def _look_inside(image: Image.Image, frame: Mask) -> Image.Image:
+    """Cut out what is inside a frame of the coarse picture; a pixel outside becomes as the nearest one inside."""
+    inside = np.asarray(Image.fromarray(frame).resize(image.size))
+    nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
+    rows, columns = find_bounds(inside)
+    return Image.fromarray(np.asarray(image)[tuple(nearest)][rows, columns])
 
 
 def _is_broad(marks: Mask) -> bool:
@@ -173,7 +211,7 @@ def _fills(marks: Mask) -> bool:
 
 
 def _find_inner(marks: Mask) -> Mask:
-    """Keep the marks of the pieces that are clear of the edge and large enough for a digit, or not much smaller."""
+    """Keep the pieces clear of the edge: those large enough for a digit, and what has a tenth of their size."""
     labels = _label(marks)
     sizes = np.bincount(labels.ravel())
     sizes[_find_outer(labels)] = 0
@@ -202,13 +240,13 @@ def _lie_outside(marks: Mask) -> bool:
 
 def _erase_ruling(image: Image.Image) -> Image.Image | None:
     """Return the picture without ruled or squared lines, dark or light; None if there are none."""
-    if image.mode == "RGBa":
-        return None  # no paper
+    if len(image.getbands()) == 4:
+        return None  # a transparent picture has no paper
     pixels = np.asarray(image, np.float32).reshape(image.height, image.width, -1)
     thickness = max(3, round(_LINE * max(image.size)) | 1)
     erased = False
     for axis, sign in product((0, 1), (1, -1)):
-        lines = _find_lines(np.moveaxis(sign * pixels.mean(axis=2), axis, 0), thickness)
+        lines = _find_lines(np.moveaxis(sign * pixels.mean(axis=2), axis, 0), thickness, least=1 if erased else 2)
         if lines is not None:
             size = [1, 1, 1]
             size[axis] = thickness + 2
@@ -221,8 +259,8 @@ def _erase_ruling(image: Image.Image) -> Image.Image | None:
     return Image.fromarray(levels if levels.shape[2] == 3 else levels[:, :, 0])
 
 
-def _find_lines(grey: Array, thickness: int) -> Mask | None:
-    """Mark dark lines that run from left to right (height, width), as a slope allows; None if there are fewer than two.
+def _find_lines(grey: Array, thickness: int, least: int) -> Mask | None:
+    """Mark dark lines (height, width) that run from left to right; None if there are fewer than `least`.
 
     What is drawn across a line stays: there the ink is higher than the line is thick.
     """
@@ -236,7 +274,7 @@ def _find_lines(grey: Array, thickness: int) -> Mask | None:
         seen = np.bincount(straight[(straight >= 0) & (straight < height)], minlength=height) / width
         if seen[seen > _RULED].sum() > best_seen[best_seen > _RULED].sum():
             best, best_seen = slope, seen
-    if ndimage.label(best_seen > _RULED)[1] < 2:
+    if ndimage.label(best_seen > _RULED)[1] < least:
         return None
     ruled = ndimage.binary_dilation(best_seen > _RULED, iterations=2)
     straight = np.arange(height)[:, None] + np.rint(best * (np.arange(width) - width / 2)).astype(int)

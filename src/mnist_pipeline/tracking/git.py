@@ -64,7 +64,7 @@ def head_commit() -> str:
 
 
 def head_commit_or_none() -> str:
-    """Return the commit of HEAD, or `none`: why there is none may be another reason on another machine."""
+    """Return the commit of HEAD, or `none`: machines that train together compare it, but git's reasons may differ."""
     with suppress(GitError):
         return head_commit()
     return "none"

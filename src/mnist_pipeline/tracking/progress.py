@@ -35,7 +35,7 @@ class TrainingLog:
         self.bar.update()
 
     def follow(self, epochs: Iterator[EpochResult]) -> Iterator[EpochResult]:
-        """Yield the result of each epoch, and show it when the caller asks for the next: it is safe by then."""
+        """Yield the result of each epoch, and show it when the caller asks for the next, and so has saved it."""
         for result in epochs:
             yield result
             self.on_epoch(result)

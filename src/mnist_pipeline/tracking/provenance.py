@@ -26,7 +26,8 @@ _IMAGES = [str(ADDED), str(RAW)]
 class Provenance:
     """What `dvc.yaml` declares for a stage: its command, params, inputs (with their SHA-256), outputs and metrics.
 
-    Two stages with the same `fingerprint` have the same outputs, with the same kernels (see `common.kernels`).
+    Two executions of a stage with the same `fingerprint` and the same kernels (see `common.kernels`) have the same
+    outputs.
     """
 
     stage: str

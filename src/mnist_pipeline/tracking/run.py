@@ -73,7 +73,7 @@ class TrackedRun:
     def log_start(
         self, provenance: Provenance, datasets: _Datasets, model: nn.Module, machine: Mapping[str, str] | None = None
     ) -> None:
-        """Log what is known when a training starts; a second call changes nothing.
+        """Log what is known when a training starts; a second call renews the commit and the provenance.
 
         `machine` is None in a backfill: nothing tells what machine trained the model.
         """

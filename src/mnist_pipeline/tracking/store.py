@@ -48,7 +48,8 @@ _DVC_EXPERIMENT_TAG = "dvc_experiment"
 class Store:
     """The tracking store and this project's runs in it.
 
-    A stage gives its calls half a minute, all together. A command that exists for them is patient: it gives it to each.
+    A stage spends 20 seconds at most on all its calls together. A patient caller, a command whose purpose it is to call
+    the store, spends as long on each.
     """
 
     def __init__(self, patient: bool = False) -> None:
@@ -265,8 +266,8 @@ def check_place(database: Path) -> None:
 def move_artifacts(database: Path, workspace: str) -> None:
     """Let addresses of artifacts begin at the database's directory: MLflow's are absolute, and directories move.
 
-    Without this, the runs of a directory that was moved or copied would have their artifacts in the old place. Nor
-    would a training find there what it began in the old place: that is now of this `workspace`.
+    Without this, the runs of a directory that was moved or copied would have their artifacts in the old place. Their
+    `workspace` changes too, or a training that was interrupted in the old place could not go on in the new one.
     """
     with closing(sqlite3.connect(database)) as connection, connection:
         location = "SELECT artifact_location FROM experiments WHERE name = ?"
