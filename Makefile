@@ -67,9 +67,9 @@ lock: dev ## update the lock files to the newest releases
 	@rm -rf .venv/lock && .ci/lock .venv/lock --upgrade && mv .venv/lock/* .
 
 ui: setup ## browse the runs in MLflow
-	@[ ! -e mlflow.db ] || python -c 'from mnist_pipeline.tracking.store import Store; print( \
+	@python -c 'from mnist_pipeline.tracking.store import Store; print( \
 		f"The runs: http://127.0.0.1:5000/#/experiments/{Store().experiment_id}?workflowType=machine_learning")'
-	mlflow ui
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow ui --workers 1
 
 reproduce: setup ## train HEAD again in a temporary clone and compare byte for byte
 	mnist reproduce

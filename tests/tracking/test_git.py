@@ -95,6 +95,17 @@ def test_any_other_difference_makes_the_tree_dirty(committed: Path, change: Call
     assert commit_tags()["git_dirty"] == "true"
 
 
+def test_an_edit_that_changes_neither_time_nor_size_is_seen(committed: Path) -> None:
+    git("config", "core.trustCtime", "false")
+    written = os.stat("params.yaml")
+    SEED(committed)
+    os.utime("params.yaml", ns=(written.st_atime_ns, written.st_mtime_ns))
+    os.utime(".git/index", ns=(written.st_mtime_ns + 10**10, written.st_mtime_ns + 10**10))
+    assert changed_files() == ["params.yaml"]
+    assert "+seed: 1" in uncommitted_patch()
+    assert run_title().endswith("seed=1")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [

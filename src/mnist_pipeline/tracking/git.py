@@ -7,7 +7,8 @@ import os
 import shutil
 import subprocess
 import textwrap
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -77,7 +78,9 @@ def changed_files() -> list[str]:
         GitError: git fails.
     """
     settings = ["--untracked-files=normal", "--ignore-submodules=none"]
-    changed = [line[3:] for line in ask_git("status", "--porcelain", *settings, *_ALL_BUT_OUTPUTS).splitlines()]
+    with _copied_index() as index:
+        status = os.fsdecode(_ask([*_GIT, "status", "--porcelain", *settings, *_ALL_BUT_OUTPUTS], index=index))
+    changed = [line[3:] for line in status.splitlines()]
     if not changed and not ask_git("ls-tree", "HEAD", "--", str(PARAMS)):
         return [f"{Path.cwd()}, which the git repository around it ignores"]
     return changed
@@ -116,11 +119,8 @@ def _committed_params() -> dict[str, object]:
 def uncommitted_patch() -> str:
     """Return a patch for `git apply` of what differs from the commit, without outputs and without large new files."""
     diff = ["diff-index", "--binary", "--full-index", "--no-ext-diff", "--no-textconv", "HEAD", *_ALL_BUT_OUTPUTS]
-    with TemporaryDirectory() as temporary, suppress(GitError):
-        # In a copy of the index, we may declare new files to be known.
-        index, no_text = Path(temporary) / "index", Path(temporary) / "attributes"
-        with suppress(FileNotFoundError):
-            shutil.copy2(ask_git("rev-parse", "--git-path", "index").removesuffix("\n"), index)
+    with suppress(GitError), _copied_index() as index:  # in a copy, we may declare new files to be known
+        no_text = index.with_name("attributes")
         _ask([*_GIT, "update-index", "-q", "--refresh"], index=index)
         listed = _ask([*_GIT, "ls-files", "--others", "--exclude-standard", "-z", *_ALL_BUT_OUTPUTS], index=index)
         new = b"\0".join(path for path in listed.split(b"\0") if _fits_patch(path))
@@ -133,6 +133,20 @@ def uncommitted_patch() -> str:
             no_text.write_text("* -diff")
             return _ask([*_GIT, "-c", f"core.attributesFile={no_text}", *diff], index=index).decode()
     return ""
+
+
+@contextmanager
+def _copied_index() -> Iterator[Path]:
+    """Copy git's index, and date it before all files: git then compares their contents, not only their time and size.
+
+    `dvc exp run -S` writes the index and then `params.yaml`, in the same second and often with the same size.
+    """
+    with TemporaryDirectory() as temporary:
+        index = Path(temporary) / "index"
+        with suppress(FileNotFoundError):
+            shutil.copyfile(ask_git("rev-parse", "--git-path", "index").removesuffix("\n"), index)
+            os.utime(index, (1, 1))
+        yield index
 
 
 def _fits_patch(path: bytes) -> bool:
