@@ -82,7 +82,8 @@ def test_other_images_train_and_their_names_are_shown(repository: Repository) ->
     image = repository.root / "shirt.png"
     Image.fromarray(load_digits(repository.root / "data/raw", "test").pixels[0].numpy()).save(image)
     assert re.fullmatch(
-        rf"shirt.png: ({'|'.join(CLASSES)}) \(\d+\.\d%\)\n", repository.run("mnist", "predict", "shirt.png").stdout
+        rf"Read by models/model.safetensors:\nshirt.png: ({'|'.join(CLASSES)}) \(\d+\.\d%\)\n",
+        repository.run("mnist", "predict", "shirt.png").stdout,
     )
     image.unlink()
     if find_spec("onnxruntime"):

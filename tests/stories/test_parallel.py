@@ -76,9 +76,9 @@ def assert_same_curve(found: list[dict[str, str]], alone: list[dict[str, str]]) 
     for row, expected in zip(found, alone, strict=True):
         for name in ("train_loss", "monitor_loss"):
             assert float(row[name]) == pytest.approx(float(expected[name]), rel=TOLERANCE), name
-        # One image more or less of 300, or of 200: a tie may fall the other way.
-        assert float(row["train_accuracy"]) == pytest.approx(float(expected["train_accuracy"]), abs=1.01 / 300)
-        assert float(row["monitor_accuracy"]) == pytest.approx(float(expected["monitor_accuracy"]), abs=1.01 / 200)
+        # Up to one image in a hundred more or less: so early in a training many are nearly tied.
+        for name in ("train_accuracy", "monitor_accuracy"):
+            assert float(row[name]) == pytest.approx(float(expected[name]), abs=0.0101), name
 
 
 def test_two_processes_give_the_curve_of_one(pair: tuple[Repository, str], alone: list[dict[str, str]]) -> None:
