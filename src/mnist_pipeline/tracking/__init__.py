@@ -4,3 +4,7 @@ The store is the server that `MLFLOW_TRACKING_URI` names, otherwise `mlflow.db` 
 fails, the training goes on: the stage says in one line what is not tracked, and `make backfill` adds it later. With
 `MNIST_TRACKING=required` the stage fails instead.
 """
+
+import os
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # MLflow looks when it is imported

@@ -168,7 +168,6 @@ def finished_runs(condition: str) -> list[dict[str, Any]]:
 
 def configure_mlflow() -> None:
     """Silence MLflow and limit how long it waits for a server; settings of the user stay."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # By default MLflow tries for minutes. With these settings it gives up before `Deadline` does, and knows the reason:
@@ -177,7 +176,6 @@ def configure_mlflow() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "6")
     os.environ.setdefault("MLFLOW_HTTP_RESPECT_RETRY_AFTER_HEADER", "false")
-    mlflow.telemetry.set_telemetry_client()  # type: ignore[no-untyped-call]  # the import has already created one
     for name in ("mlflow", "urllib3"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # `continue_untracked` reports failures in one line
 
