@@ -34,8 +34,7 @@ def main() -> None:
     write_text(paths.REPORT, report)
     write_text(paths.PAGE, render_page(report, paths.REPORT.parent, charts))
     with continue_untracked("the report"):
-        store = Store()
-        add_stages(store, missing_stages(store, "evaluate"))
+        add_stages(store := Store(), missing_stages(store, "evaluate"))
         store.add_to_run_of(paths.MODEL, provenance)
 
 

@@ -133,6 +133,13 @@ def test_a_digit_without_a_margin_is_read(classifier: Classifier, blur: int, inv
     assert read == digits.labels[:10].tolist()
 
 
+@pytest.mark.parametrize("width", [4, 10, 30])
+@pytest.mark.parametrize("ends", [(110, 310, 310, 110), (200, 60, 200, 340)], ids=["slanted", "upright"])
+def test_a_straight_stroke_is_no_frame(ends: tuple[int, ...], width: int) -> None:
+    stroke = 255 - 255 * drawn(lambda draw: draw.line(ends, fill=255, width=width))
+    assert to_mnist_image(Image.fromarray(stroke.astype(np.uint8))).max() == 255
+
+
 NO_DIGIT = {
     "blank paper": np.full((HEIGHT, WIDTH), PAPER),
     "blank paper in a shadow": half_in_shade(np.full((HEIGHT, WIDTH), PAPER)),

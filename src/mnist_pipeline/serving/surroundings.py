@@ -53,15 +53,20 @@ def find_digit(image: Image.Image) -> Array:
         UserError: there is no digit, or more than one.
     """
     ink, kept = _search(image, _CROPS)
+    if _are_several(ink, kept):
+        raise UserError("the picture holds more than one digit: cut out one")
+    return ink.cut_out(kept)
+
+
+def _are_several(ink: Ink, kept: Mask) -> bool:
+    """Tell whether the kept marks are digits beside or below each other."""
     strongest = ink.coarse[kept].max()
     strong = [bounds for piece, bounds in _find_pieces(kept) if ink.coarse[bounds][piece].max() >= _AS_DARK * strongest]
     tallest = max(rows.stop - rows.start for rows, _ in strong)
     tall = [bounds for bounds in strong if bounds[0].stop - bounds[0].start >= _AS_TALL * tallest]
-    for axis in (1,) if _touches_edge(ink.mark()) else (0, 1):  # a 1 without a margin can fall into pieces
-        extents = sorted((bounds[axis].start, bounds[axis].stop) for bounds in tall)
-        if any(after[0] - before[1] > _APART * tallest for before, after in pairwise(extents)):
-            raise UserError("the picture holds more than one digit: cut out one")
-    return ink.cut_out(kept)
+    axes = (1,) if _touches_edge(ink.mark()) else (0, 1)  # a 1 without a margin can fall into pieces below each other
+    extents = [sorted((bounds[axis].start, bounds[axis].stop) for bounds in tall) for axis in axes]
+    return any(after[0] - before[1] > _APART * tallest for each in extents for before, after in pairwise(each))
 
 
 def _search(image: Image.Image, crops: int, lines: bool = True) -> tuple[Ink, Mask]:
@@ -165,7 +170,10 @@ def _find_frames(marks: Mask) -> list[Mask]:
             frame = np.zeros_like(marks)
             frame[bounds] = ndimage.binary_erosion(filled, iterations=1 + round(_INSET * max(filled.shape)))
             frames.append(frame)
-    return sorted(frames, key=lambda frame: -frame.sum())[:_MOST_FRAMES]
+    frames.sort(key=lambda frame: -frame.sum())
+    return [
+        frame for frame in frames[:_MOST_FRAMES] if frame.any()
+    ]  # a straight stroke is a rectangle without an inside
 
 
 def _is_rectangle(piece: Mask) -> bool:
