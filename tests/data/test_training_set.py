@@ -50,6 +50,13 @@ def test_a_split_depends_on_the_seed_alone() -> None:
     assert not torch.equal(held_out.labels, other.labels)
 
 
+def test_the_seeds_are_a_cross_validation() -> None:
+    held_out = [split(numbered(200), validation_size=50, seed=seed)[1].labels for seed in range(8)]
+    for folds in (held_out[:4], held_out[4:]):  # two orders of the same images
+        assert sorted(torch.cat(folds).tolist()) == list(range(200))
+    assert not torch.equal(held_out[0], held_out[4])
+
+
 def test_a_split_leaves_torchs_random_numbers_alone() -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)

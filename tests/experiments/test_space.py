@@ -43,8 +43,10 @@ def write(path: Path, text: str) -> Path:
         ("params:\n  train.optimizer: [adam, lion]\n", "train.optimizer must be 'adam', .* and is the text 'lion'"),
         ("recipe: worst\nparams:\n  seed: [1]\n", "experiments/worst.yaml is absent: the recipes are specification"),
         ('recipe: "a\\nb"\nparams:\n  seed: [1]\n', r"experiments/a\\nb.yaml is absent: the recipes are specification"),
-        ("recipes: best\nparams:\n  seed: [1]\n", "recipes is unknown: choose from recipe, params"),
+        ("recipes: best\nparams:\n  seed: [1]\n", "recipes is unknown: choose from recipe, folds, params"),
         ("params: {}\n", "params must name what to search"),
+        ("folds: 0\nparams:\n  train.epochs: [1]\n", "folds must be greater than or equal to 1, and is 0"),
+        ("folds: 2\nparams:\n  seed: [1]\n", "each of the 2 folds has its own seed: take out folds or params.seed"),
         ("- 1\n", "must hold sections"),
     ],
 )
@@ -91,6 +93,6 @@ params:
     params = space.trial_params(values)
     assert (params.train.learning_rate, params.train.epochs, params.model.bias) == (0.01235, 3, False)
     assert params.model.channels == [5] * 6
-    assert (params.threads, params.train.processes, params.data.validation_size) == (1, 1, 5000)
+    assert (params.threads, params.train.processes, params.data.validation_size) == (1, 1, 10_000)
     best = load_params(overlay=Path("experiments/best.yaml"))
     assert params.train.augmentation == best.train.augmentation

@@ -27,7 +27,7 @@ def test_each_seed_trains_in_one_thread_on_all_images(monkeypatch: pytest.Monkey
 
 def test_a_validation_study_holds_images_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    assert {params.data.validation_size for params in seed_params("best", 2, validation=True)} == {5000}
+    assert {params.data.validation_size for params in seed_params("best", 2, validation=True)} == {10_000}
 
 
 def test_an_interrupted_command_says_so_by_its_exit_code(

@@ -67,6 +67,27 @@ def test_the_winner_is_written_as_a_recipe(make_trials: MakeTrials, capsys: pyte
     assert len(set(made_up.learning_rates)) == 6
 
 
+def test_the_mean_over_the_folds_decides_and_a_sweep_that_died_repeats_no_fold(make_trials: MakeTrials) -> None:
+    class Died(BaseException):
+        pass
+
+    def accuracy(rate: float) -> float:
+        if len(made_up.trials) == 5:
+            raise Died
+        return (0.9, 0.1, 0.2)[made_up.trials[-1].params.seed] if rate == 0.1 else 0.5
+
+    made_up = make_trials(accuracy)
+    write("experiments/start.yaml", "train:\n  epochs: 4\n")
+    space = write("folds.yaml", "recipe: start\nfolds: 3\nparams:\n  train.learning_rate: [0.1, 0.2]\n")
+    with pytest.raises(Died):
+        run_sweep(space, 2)
+    run_sweep(space, 2)
+    trained = [(trial.params.train.learning_rate, trial.params.seed) for trial in made_up.trials]
+    assert trained[4] == trained.pop(5)  # the one that died
+    assert sorted(trained) == [(rate, seed) for rate in (0.1, 0.2) for seed in range(3)]
+    assert load_params(overlay=Path("experiments/folds.yaml")).train.learning_rate == 0.2
+
+
 def test_a_recipe_that_no_sweep_wrote_is_kept(make_trials: MakeTrials) -> None:
     made_up = make_trials(lambda rate: rate)
     with pytest.raises(UserError, match=r"experiments/best.yaml was not written by a sweep"):

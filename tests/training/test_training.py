@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_pipeline.common.errors import UserError
@@ -16,6 +16,7 @@ from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.inference import predict, score, set_up_torch
 from mnist_pipeline.model.network import build_model
 from mnist_pipeline.model.networks.convolutional import Net
+from mnist_pipeline.training.calibration import calibrate
 from mnist_pipeline.training.loop import learning_rate, seed_epoch, smoothed_cross_entropy, start_training
 from mnist_pipeline.training.loop import train as train_on
 
@@ -317,6 +318,21 @@ def test_label_smoothing_is_torchs(training: Part) -> None:
     logits = torch.randn(len(training[1]), 10, generator=torch.Generator().manual_seed(0))
     expected = F.cross_entropy(logits, training[1], label_smoothing=0.1, reduction="sum")
     torch.testing.assert_close(smoothed_cross_entropy(logits.log_softmax(dim=1), training[1], 0.1), expected)
+
+
+def test_after_smoothed_labels_the_probabilities_fit_again(params: Params, training: Part, monitor: Part) -> None:
+    smoothed = shrunk(params, epochs=8, batch_size=16, label_smoothing=0.2)
+    run = start_training(build_model(params.model, 0), smoothed)
+    list(train_on(run, training, monitor, smoothed, 0))
+    found = predict(run.network, training[0], 1000)
+    loss, flatter, steeper = (score((found * by).log_softmax(dim=1), training[1]).loss for by in (1, 0.95, 1.05))
+    assert loss < min(flatter, steeper)
+
+
+def test_a_network_whose_last_layer_is_not_its_output_cannot_learn_smoothed_labels(training: Part) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.Sigmoid(), nn.LogSoftmax(dim=1))
+    with pytest.raises(UserError, match=r"^train\.label_smoothing needs a network"):
+        calibrate(network, training, 1000)
 
 
 def test_the_last_epochs_are_clean(params: Params, training: Part, monitor: Part) -> None:

@@ -113,7 +113,10 @@ def load_additions(directory: Path, raw: Path, params: DataParams) -> Digits:
 
 
 def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digits]:
-    """Hold out `validation_size` images drawn from `seed`; return the rest and the held-out ones, each in file order.
+    """Hold out a fold of `validation_size` images; return the rest and the fold, each in file order.
+
+    The images are put in a random order and cut into folds. The seeds 0, 1, 2, … hold out one fold after the other, so
+    that they are a cross-validation; when all folds have had their turn, another random order follows.
 
     Raises:
         UserError: nothing would be left to train on.
@@ -122,9 +125,11 @@ def split(digits: Digits, validation_size: int, seed: int) -> tuple[Digits, Digi
         raise UserError(
             f"data.validation_size must be under the {len(digits):,} training images, and is {validation_size:,}"
         )
-    order = torch.randperm(len(digits), generator=torch.Generator().manual_seed(seed))
     held_out = torch.zeros(len(digits), dtype=torch.bool)
-    held_out[order[:validation_size]] = True
+    if validation_size:
+        order, fold = divmod(seed, len(digits) // validation_size)
+        images = torch.randperm(len(digits), generator=torch.Generator().manual_seed(order))
+        held_out[images.split(validation_size)[fold]] = True
     return digits[~held_out], digits[held_out]
 
 

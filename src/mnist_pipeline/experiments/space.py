@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.params import (
+    Count,
     Params,
     Section,
     describe_value,
@@ -42,9 +43,10 @@ class _Range(Section):
 
 
 class _SpaceFile(Section):
-    """The recipe to start from, and a range or a list of choices for each param to search."""
+    """The recipe to start from, the folds of each trial, and a range or a list of choices for each param to search."""
 
     recipe: str = SPECIFICATION
+    folds: Count = 1
     params: dict[str, Any]
 
 
@@ -52,12 +54,14 @@ class _SpaceFile(Section):
 class Space:
     """The params to start from, and a distribution for each param to search, by its name in DVC (`train.epochs`).
 
-    Optuna gets each choice as JSON text: a choice may be a list, and 1 differs from true.
+    A trial trains once for each of the `folds`, with other images held out. Optuna gets each choice as JSON text: a
+    choice may be a list, and 1 differs from true.
     """
 
     name: str
     recipe: str
     base: Params
+    folds: int
     distributions: Mapping[str, BaseDistribution]
 
     @property
@@ -81,11 +85,15 @@ class Space:
             sections = merge(sections, nested)
         return type(self.base).model_validate(sections)
 
-    def trial_params(self, values: Mapping[str, Any]) -> Params:
-        """Return the params of a trial: it takes one core and holds images out to be scored on."""
+    def trial_params(self, values: Mapping[str, Any], fold: int = 0) -> Params:
+        """Return the params of a trial's training: it takes one core and holds images out to be scored on.
+
+        The seed says which images, so each fold has its own seed: the base's and those after it.
+        """
         params = self.params_at(values)
         size = params.data.validation_size or VALIDATION_SIZE
-        return on_one_core(params.model_copy(update={"data": params.data.model_copy(update={"validation_size": size})}))
+        data = params.data.model_copy(update={"validation_size": size})
+        return on_one_core(params.model_copy(update={"data": data, "seed": params.seed + fold}))
 
 
 def load_space(path: Path) -> Space:
@@ -115,10 +123,12 @@ def load_space(path: Path) -> Space:
             others = [name for name in known if section and name.rpartition(".")[0] == section]
             choices = ", ".join(others or ["seed", "model.…", "train.…"])
             raise UserError(f"{path}: params.{key!r:.50} cannot be searched: choose from {choices}")
+    if file.folds > 1 and "seed" in file.params:
+        raise UserError(f"{path}: each of the {file.folds} folds has its own seed: take out folds or params.seed")
     distributions = {
         key: _parse_entry(entry, known[key], f"{path}: params.{key}") for key, entry in file.params.items()
     }
-    space = Space(path.stem, file.recipe, base, distributions)
+    space = Space(path.stem, file.recipe, base, file.folds, distributions)
     for key, distribution in distributions.items():
         for value in _values_to_check(distribution):
             try:

@@ -6,6 +6,7 @@ sweep resumes, and a sweep with more trials builds on the earlier ones.
 """
 
 import hashlib
+import statistics
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,7 @@ class _Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.space = space
         self.lock = threading.Lock()
-        identity = f"{trace('train', space.trial_params({})).fingerprint} {dict(space.distributions)}"
+        identity = f"{trace('train', space.trial_params({})).fingerprint} {dict(space.distributions)} {space.folds}"
         database = CHECKPOINTS / f"sweep-{space.name}.db"
         try:
             self.study = optuna.create_study(
@@ -125,10 +126,36 @@ class _Search:
             sampler = optuna.samplers.RandomSampler  # in a small space, TPE draws the best point over and over
 
     def try_next_point(self, pool: TrialPool) -> str:
-        """Run the next trial and say in a line how it ended."""
+        """Run the next trial, fold after fold, and say in a line how it ended."""
         with self.lock:
             trial = self.draw_trial()
-        name, params = self.name_of(trial), self.space.trial_params(self.space.values(trial.params))
+        rows: list[Mapping[str, str]] = []
+        try:
+            while len(rows) < self.space.folds and (row := self._train_fold(trial, len(rows), pool)):
+                rows.append(row)
+        except TrialError as error:  # for example, its loss diverged: Optuna learns to avoid the point
+            with self.lock:
+                trial.set_user_attr(_FAILURE, str(error))
+                return self._end(trial, TrialState.PRUNED)
+        complete = len(rows) == self.space.folds
+        if pool.stopping.is_set() and not complete:
+            return f"{self.name_of(trial)} is interrupted"
+        with self.lock:
+            if not complete:
+                return self._end(trial, TrialState.PRUNED)
+            trial.set_user_attr(_LOSS, statistics.mean(float(row[_LOSS]) for row in rows))
+            accuracy = statistics.mean(float(row["monitor_accuracy"]) for row in rows)
+            return self._end(trial, TrialState.COMPLETE, accuracy)
+
+    def _train_fold(self, trial: optuna.Trial, fold: int, pool: TrialPool) -> Mapping[str, str] | None:
+        """Train a trial's point on a fold and return the row; None if it is hopeless or the pool is stopping.
+
+        The trial keeps the row: if the sweep dies before the last fold, it goes on after this one.
+        """
+        key = f"fold {fold}"
+        if row := trial.user_attrs.get(key):
+            return dict(row)
+        params = self.space.trial_params(self.space.values(trial.params), fold)
         # Schedules of different lengths cannot be compared half way: a longer one is lower there and higher at the end.
         comparable = "train.epochs" not in self.space.distributions
         reported = set()
@@ -138,23 +165,16 @@ class _Search:
                 return False
             reported.add(score.epoch)
             with self.lock:
-                trial.report(score.accuracy, score.epoch)
+                trial.report(score.accuracy, fold * params.train.epochs + score.epoch)
                 return comparable and score.epoch < params.train.epochs and trial.should_prune()
 
-        try:
-            row = pool.run(name, params, ["train"], is_hopeless)
-        except TrialError as error:  # for example, its loss diverged: Optuna learns to avoid the point
-            with self.lock:
-                trial.set_user_attr(_FAILURE, str(error))
-                return self._end(trial, TrialState.PRUNED)
-        if pool.stopping.is_set() and row is None:
-            return f"{name} is interrupted"
-        with self.lock:
-            if row is None:
-                Checkpoint(trace("train", params).fingerprint).remove()
-                return self._end(trial, TrialState.PRUNED)
-            trial.set_user_attr(_LOSS, float(row[_LOSS]))
-            return self._end(trial, TrialState.COMPLETE, float(row["monitor_accuracy"]))
+        name = self.name_of(trial) + (f"-fold-{fold}" if self.space.folds > 1 else "")
+        row = pool.run(name, params, ["train"], is_hopeless)
+        if row:
+            trial.set_user_attr(key, row)
+        elif not pool.stopping.is_set():
+            Checkpoint(trace("train", params).fingerprint).remove()
+        return row
 
     def _end(self, trial: optuna.Trial, state: TrialState, accuracy: float | None = None) -> str:
         ended = self.study.tell(trial, accuracy, state)
@@ -178,7 +198,7 @@ def _outcome(trial: FrozenTrial) -> str:
         return str(trial.user_attrs[_FAILURE])
     if trial.state == TrialState.COMPLETE:
         return f"{trial.value:.2%}, loss {trial.user_attrs[_LOSS]:.4f}"
-    epoch, accuracy = max(trial.intermediate_values.items())
+    epoch, accuracy = max(trial.intermediate_values.items())  # epochs count on from fold to fold
     return f"stopped after epoch {epoch} at {accuracy:.2%}"
 
 
@@ -187,7 +207,8 @@ def _write_recipe(path: Path, search: _Search, best: FrozenTrial) -> None:
     space, trials = search.space, len(search.ranked_trials())
     overlay = _differing(space.params_at(space.values(best.params)).model_dump(), load_params().model_dump())
     images = space.trial_params({}).data.validation_size
-    score = f"{_outcome(best)}, on {images:,} images held out; {trials} trials from the recipe {space.recipe}"
+    folds = f" in each of {space.folds} folds" if space.folds > 1 else ""
+    score = f"{_outcome(best)}, on {images:,} images held out{folds}; {trials} trials from the recipe {space.recipe}"
     write_text(path, f"{_MARK} {space.name}`: {score}.\n{yaml.safe_dump(overlay, sort_keys=False)}")
 
 

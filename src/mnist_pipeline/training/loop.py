@@ -16,10 +16,11 @@ from mnist_pipeline.common.params import TrainParams
 from mnist_pipeline.common.scores import EpochResult, Score
 from mnist_pipeline.model.inference import predict, score
 from mnist_pipeline.training.augmentation import augment
+from mnist_pipeline.training.calibration import calibrate
 from mnist_pipeline.training.optimizer import build_optimizers
 
 _MONITOR_BATCH_SIZE = 1000  # images; bounds memory
-_STATISTICS_IMAGES = 10_000  # to measure the BatchNorm statistics of averaged weights
+_SAMPLE_SIZE = 10_000  # unaugmented images, to measure what averaged weights and smoothed labels need
 
 OnBatch = Callable[[int, Tensor], None]
 TrainingLoop = Callable[..., Iterator[EpochResult]]  # `train`, or `train_in_group` for several processes
@@ -63,14 +64,16 @@ def train(
     each batch's number, from 0, and its mean loss.
 
     Raises:
-        UserError: a loss is not finite.
+        UserError: a loss is not finite, or `calibrate` refuses the network.
     """
+    sample = digits[0][:_SAMPLE_SIZE], digits[1][:_SAMPLE_SIZE]
     for epoch in range(len(training.history) + 1, params.epochs + 1):
         seed_epoch(seed, epoch)
         train_score = _train_epoch(training, digits, params, epoch, on_batch)
-        if training.average:
-            # The averaged weights need their own BatchNorm statistics: measure them on unaugmented images.
-            update_bn(digits[0][:_STATISTICS_IMAGES].split(_MONITOR_BATCH_SIZE), training.network)
+        if training.average:  # the averaged weights need their own BatchNorm statistics
+            update_bn(sample[0].split(_MONITOR_BATCH_SIZE), training.network)
+        if params.label_smoothing and epoch == params.epochs:
+            calibrate(training.network, sample, _MONITOR_BATCH_SIZE)
         monitor_score = score(predict(training.network, monitor[0], _MONITOR_BATCH_SIZE), monitor[1])
         if not math.isfinite(train_score.loss + monitor_score.loss):
             raise UserError(
