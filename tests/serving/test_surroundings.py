@@ -140,11 +140,18 @@ def test_a_straight_stroke_is_no_frame(ends: tuple[int, ...], width: int) -> Non
     assert to_mnist_image(Image.fromarray(stroke.astype(np.uint8))).max() == 255
 
 
+def under_a_lamp(light: NDArray[np.float64]) -> NDArray[np.float64]:
+    y, x = np.indices(light.shape)
+    return (0.5 + 0.5 * np.exp(-((x - 200) ** 2 + (y - 150) ** 2) / 110**2)) * light
+
+
 NO_DIGIT = {
     "blank paper": np.full((HEIGHT, WIDTH), PAPER),
     "blank paper in a shadow": half_in_shade(np.full((HEIGHT, WIDTH), PAPER)),
     "blank ruled paper": 215 - 60 * drawn(lines),
     "blank squared paper": 215 - 60 * drawn(squares),
+    "blank paper under a lamp": under_a_lamp(np.full((HEIGHT, WIDTH), PAPER)),
+    "a fingertip on blank paper": 215 - 60 * drawn(lambda draw: draw.ellipse((380, 120, 480, 200), fill=255)),
 }
 
 

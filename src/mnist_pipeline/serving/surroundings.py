@@ -39,6 +39,7 @@ _LINE = 0.02  # of the longer side: ruled lines are thinner
 _RULED = 0.7  # of a ruled line is seen
 _SLOPES = np.linspace(-0.15, 0.15, 61)  # of ruled lines, by which the paper may be turned
 _REMAINS = 1 / 3  # of the strongest ink: what is paler after lines were erased, or inside a frame, is no digit
+_STROKE = 0.6  # of a digit's longer side: no stroke is so broad (MNIST's broadest: 0.5), but a lamp's light or a finger
 # Pieces with so much of the strongest ink, of the tallest one's height, and so far apart, are digits of their own.
 _AS_DARK, _AS_TALL, _APART = 0.5, 0.6, 0.1
 
@@ -53,9 +54,18 @@ def find_digit(image: Image.Image) -> Array:
         UserError: there is no digit, or more than one.
     """
     ink, kept = _search(image, _CROPS)
+    if _is_blob(ink, kept):
+        raise UserError("the picture holds no digit: what stands out from its background has no strokes")
     if _are_several(ink, kept):
         raise UserError("the picture holds more than one digit: cut out one")
     return ink.cut_out(kept)
+
+
+def _is_blob(ink: Ink, kept: Mask) -> bool:
+    """Tell whether the kept marks are too broad for strokes: a spot of light, a shadow, a fingertip, a sheet."""
+    strong = kept & (ink.coarse > ink.coarse[kept].max() / 3)
+    breadth = 2 * ndimage.distance_transform_edt(np.pad(strong, 1)).max()
+    return bool(breadth > _STROKE * max(part.stop - part.start for part in find_bounds(strong)))
 
 
 def _are_several(ink: Ink, kept: Mask) -> bool:
