@@ -14,7 +14,7 @@ from support.repository import Repository
 
 from mnist_pipeline.common.params import flatten
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 RECIPE = "model:\n  channels: [4, 5, 4, 4, 4, 4]\n  bias: false\ntrain:\n  learning_rate: 0.002\n  optimizer: muon\n"
 
@@ -118,7 +118,7 @@ def long_story(repository: Repository) -> Story:
     return story.end()
 
 
-@pytest.fixture(scope="module", params=["short", pytest.param("long", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["short", "long"])
 def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, trained: Repository) -> Story:
     root = tmp_path_factory.mktemp("experiments")
     if request.param == "short":

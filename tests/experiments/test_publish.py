@@ -12,7 +12,7 @@ from mnist_pipeline.common.files import read_table, sha256
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.model.model_file import load_model
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 PUBLISHED = "models/best.safetensors"
 

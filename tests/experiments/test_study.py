@@ -170,7 +170,8 @@ def test_after_a_change_of_code_that_changes_a_seed_all_are_made_again(
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("seeds", [1, pytest.param(2, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("seeds", [1, 2])
 def test_a_study_whose_process_is_killed_goes_on(seeds: int, tmp_path: Path) -> None:
     repository = repository_with_data(tmp_path, fresh=False, epochs=10, batch_size=16)
     (tmp_path / "experiments/quick.yaml").write_text("train:\n  averaging: 0.9\n  augmentation:\n    rotation: 5.0\n")

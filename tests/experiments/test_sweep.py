@@ -173,6 +173,7 @@ def start_until_all_train(repository: Repository, trials: int) -> "subprocess.Po
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 def test_an_interrupted_sweep_ends_its_trainings_and_goes_on_when_it_is_called_again(tmp_path: Path) -> None:
     repository = repository_with_data(tmp_path, fresh=False, validation_size=100, epochs=10, batch_size=16)
     driver = start_until_all_train(repository, trials=1)

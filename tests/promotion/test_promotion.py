@@ -175,6 +175,7 @@ def committed(trained: Repository, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 def test_a_promotion_that_is_killed_is_finished_by_another(committed: Repository, params: Params) -> None:
     ended = committed.run(sys.executable, str(DYING), "5")
     assert ended.returncode == 0, ended.stdout

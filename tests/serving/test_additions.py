@@ -274,24 +274,28 @@ def added(trained: Repository, tmp_path_factory: pytest.TempPathFactory) -> Stor
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["add", "after"])
 def test_a_command_succeeds(added: Story, name: str) -> None:
     assert added.steps[name].returncode == 0, added.said(name)
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 def test_an_addition_is_counted_and_only_dvc_tracks_it(added: Story) -> None:
     assert f"data/added/mine: 40 images; by class, 0 to 9: {NEW.per_class(10)}" in added.said("add")
     assert added.said("git status") == "?? data/added/mine.dvc\n"
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 def test_an_addition_reruns_the_training_and_what_follows(added: Story) -> None:
     assert added.executed("after") == ["train", "evaluate", "report"]
     assert added.outputs["after"]["reports/history.csv"] != added.outputs["before"]["reports/history.csv"]
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 def test_a_run_records_all_training_images(added: Story) -> None:
     assert (added.trained_images("before"), added.trained_images("after")) == (300, 340)
     digests = {name: added.runs[name].data.tags["data_sha256"] for name in ("before", "after")}
@@ -299,6 +303,7 @@ def test_a_run_records_all_training_images(added: Story) -> None:
 
 
 @pytest.mark.pipeline
+@pytest.mark.thorough
 def test_the_report_says_how_many_were_added(added: Story) -> None:
     assert b"added" not in added.outputs["before"]["reports/report.md"]
     assert b"| of these added | 40 |\n" in added.outputs["after"]["reports/report.md"]

@@ -25,7 +25,7 @@ from mnist_pipeline.common.params import Params
 from mnist_pipeline.tracking.provenance import identify_training
 from mnist_pipeline.training.distributed.launch import Identify, launch
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 TOLERANCE = 1e-3  # of a loss, relative: sums in another order, over some tens of steps
 # 300 digits in batches of 23: the last one has a single image, so that some of four processes have none.
@@ -90,7 +90,6 @@ def test_two_processes_give_the_curve_of_one(pair: tuple[Repository, str], alone
     assert run.data.params["train.processes"] == "2"
 
 
-@pytest.mark.thorough
 def test_four_processes_give_the_curve_of_one(tmp_path: Path, alone: list[dict[str, str]]) -> None:
     repository = workspace(tmp_path, processes=4, **VARIED)
     finished = repository.stage("train")
@@ -106,7 +105,7 @@ def workers_of(launcher: int) -> list[int]:
     return [int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_worker_that_is_killed_is_started_again_and_the_run_is_the_same(
     tmp_path: Path, pair: tuple[Repository, str], victim: int
 ) -> None:
@@ -124,7 +123,6 @@ def test_a_worker_that_is_killed_is_started_again_and_the_run_is_the_same(
     assert list(tmp_path.glob(".checkpoints/*")) == []
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_worker_outlives_its_launcher(tmp_path: Path, number: signal.Signals) -> None:
     repository = workspace(tmp_path, processes=2, epochs=100, batch_size=32)
@@ -151,7 +149,6 @@ def test_a_mistake_of_all_processes_is_said_once(tmp_path: Path) -> None:
     assert "Traceback" not in finished.stdout
 
 
-@pytest.mark.thorough
 def test_a_mistake_of_the_leading_process_alone_is_said_once(tmp_path: Path) -> None:
     repository = workspace(tmp_path, processes=2)
     finished = repository.stage("train", MNIST_TRACKING="required", MLFLOW_TRACKING_URI="http://localhost:1")
@@ -248,12 +245,11 @@ def without_images(params: Params) -> dict[str, object]:
     ("identify", "message"),
     [
         (other_command, r"command is the one of process 1 in process 1, .* 0 in the leading one: make them equal"),
-        pytest.param(
+        (
             other_lock_file,
             r"requirements.lock is ([0-9a-f]{64}) in process 1, (?!\1)[0-9a-f]{64} in the leading one: make them equal",
-            marks=pytest.mark.thorough,
         ),
-        pytest.param(without_images, r"data/added is absent: .* \(process 1\)", marks=pytest.mark.thorough),
+        (without_images, r"data/added is absent: .* \(process 1\)"),
     ],
 )
 def test_a_worker_that_would_train_something_else_is_refused_and_all_are_told(
@@ -281,7 +277,6 @@ def test_one_process_with_more_threads_than_cores_is_warned_of(
     assert "warning: train.processes and threads make 256 threads on the 2 cores" in capsys.readouterr().err
 
 
-@pytest.mark.thorough
 def test_a_machine_with_other_params_is_refused_at_once_and_both_are_told(tmp_path: Path) -> None:
     first, second = two_machines(tmp_path)
     second.set_param("processes", 1)
@@ -323,7 +318,6 @@ def hosts() -> Iterator[tuple[list[str], list[str]]]:
         yield ["ip", "netns", "exec", first], ["ip", "netns", "exec", second]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("driver", [0, 1])
 def test_two_hosts_train_as_one_and_only_the_driving_one_writes(
     tmp_path: Path, alone: list[dict[str, str]], driver: int

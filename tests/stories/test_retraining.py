@@ -1,7 +1,6 @@
 """A team's retraining: a better and a worse pull request, promotion and rollback.
 
-The short story happens in one repository. In the thorough one CI's jobs run in fresh clones of a bare repository, with
-a directory as DVC's remote and a real `mlflow server`.
+CI's jobs run in fresh clones of a bare repository, with a directory as DVC's remote and a real `mlflow server`.
 """
 
 import re
@@ -12,17 +11,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
 from support.additions import NEW, write_pictures
 from support.promoting import BOUNDS, Story
 from support.repository import Repository
 from support.servers import serving
-from support.stores import isolated_tracking
 from support.tables import rows, table
 
-from mnist_pipeline.cli import mnist
-
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 MAKE = ("make", "--old-file=setup")  # what setup would install is installed
 BASE, BETTER = 1, 2  # the versions that are promoted
@@ -31,119 +26,6 @@ BASE, BETTER = 1, 2  # the versions that are promoted
 def succeed(process: "subprocess.CompletedProcess[str]") -> str:
     assert process.returncode == 0, process.stdout
     return process.stdout
-
-
-# One repository
-
-
-@dataclass(frozen=True)
-class Team:
-    """A team's repository, and what its commands wrote and printed."""
-
-    repository: Repository
-    log: Path
-    comments: dict[str, str] = field(default_factory=dict)
-    executed: dict[str, list[str]] = field(default_factory=dict)
-    ended: dict[str, "subprocess.CompletedProcess[str] | Result"] = field(default_factory=dict)
-
-    def call(self, *arguments: str) -> Result:
-        """Call `mnist` in this process."""
-        return CliRunner().invoke(mnist, arguments)
-
-    def retrain(self, name: str, **params: object) -> list[str]:
-        """Change params on a branch, and run the pipeline; return the arguments for the report on it."""
-        succeed(self.repository.run("git", "switch", "--quiet", "--create", name))
-        for param, value in params.items():
-            self.repository.set_param(param, value)
-        said = succeed(self.repository.dvc("repro"))
-        self.repository.commit()
-        self.log.write_text(said, encoding="utf-8")
-        self.executed[name] = re.findall(r"Running stage '(\w+)'", said)
-        return ["ci-report", "--base", "main", "--log", str(self.log), "--out", str(self.log.with_name(f"{name}.md"))]
-
-    def aliases(self) -> dict[str, int]:
-        [model] = self.repository.client.search_registered_models()
-        return {alias: int(number) for alias, number in model.aliases.items()}
-
-
-@pytest.fixture(scope="module")
-def team(trained: Repository, tmp_path_factory: pytest.TempPathFactory) -> Team:
-    place = tmp_path_factory.mktemp("team")
-    repository = trained.copy(place / "main")
-    for name, bound in {"lowest_accuracy": 0.0, "largest_calibration_error": 1.0, "margin": 0.1}.items():
-        repository.set_param(name, bound)
-    repository.commit()
-    succeed(repository.run("git", "branch", "--move", "main"))
-    team = Team(repository, place / "ci-report.log")
-    with isolated_tracking(repository.root):
-        team.ended["first"] = team.call("promote")
-
-        succeed(repository.run("mnist", *team.retrain("better", epochs=8, batch_size=16)))
-        succeed(repository.run("git", "switch", "--quiet", "main"))
-        succeed(repository.run("git", "merge", "--quiet", "--ff-only", "better"))
-        team.ended["better"] = repository.run("mnist", "promote", "--reason", "more epochs")
-        aliases = team.aliases()
-
-        team.call(*team.retrain("worse", epochs=2, batch_size=64))
-        team.ended["worse"] = repository.run("mnist", "gate")
-        assert team.aliases() == aliases  # the gate promotes nothing
-
-        team.ended["rollback"] = team.call("promote", "--rollback")
-    for name in ("better", "worse"):
-        team.comments[name] = (place / f"{name}.md").read_text(encoding="utf-8")
-    return team
-
-
-def test_a_better_pull_request_is_reported_and_promoted(team: Team) -> None:
-    comment = team.comments["better"]
-    assert team.executed["better"] == ["train", "evaluate", "report"]
-    assert [row[:2] for row in table(comment, "Stage")] == [
-        ["`download`", "no"],
-        ["`train`", "**yes**"],
-        ["`evaluate`", "**yes**"],
-        ["`report`", "**yes**"],
-    ]
-    assert table(comment, "Param") == [["`train.epochs`", "`2`", "`8`"], ["`train.batch_size`", "`64`", "`16`"]]
-    assert table(comment, "Gate")[0][0] == "passed"
-    assert rows(comment)["`test_accuracy`"][2].startswith("+")
-    assert rows(comment)["`test_misclassified`"][2].startswith("-")
-    assert "The training took about" in comment
-    assert "older than" not in comment
-    pictures = {path.name for path in team.log.with_name("better-pictures").iterdir()}
-    assert pictures >= {"accuracy.png", "loss.png", "confusion_matrix.png", "reliability.png", "mended.png"}
-
-    promoted = team.ended["better"]
-    assert isinstance(promoted, subprocess.CompletedProcess)
-    assert succeed(promoted).endswith("\nversion 2 of mnist is the champion, version 1 the previous one\n")
-    assert rows(promoted.stdout)["data"] == ["the champion's", "version 1's", "passed"]
-
-
-def test_a_worse_pull_request_takes_its_model_from_the_cache_and_fails_the_gate(team: Team) -> None:
-    comment = team.comments["worse"]
-    assert team.executed["worse"] == ["report"]  # DVC's run cache takes no folder that is out of the cache
-    assert rows(comment)["`train`"][0] == "no"
-    assert rows(comment)["`train`"][1].endswith(" changed; its outputs are committed or were cached")
-    assert table(comment, "Param") == [["`train.epochs`", "`8`", "`2`"], ["`train.batch_size`", "`16`", "`64`"]]
-    assert rows(comment)["`test_accuracy`"][2].startswith("-")
-    assert table(comment, "Gate")[0][0] == "**failed**: beside the champion"
-
-    judged = team.ended["worse"]
-    assert isinstance(judged, subprocess.CompletedProcess)
-    assert judged.returncode == 1
-    assert {rule for rule, *_, verdict in table(judged.stdout, "rule") if verdict != "passed"} == {
-        "beside the champion"
-    }
-
-
-def test_a_rollback_brings_the_first_model_back(team: Team) -> None:
-    assert isinstance(team.ended["first"], Result)
-    assert team.ended["first"].output.endswith("\nversion 1 of mnist is the champion\n")
-    assert isinstance(team.ended["rollback"], Result)
-    assert team.ended["rollback"].output == "version 1 of mnist is the champion again\n"
-    assert team.aliases() == {"champion": 1}
-
-
-# Clones, a remote and a server
 
 
 @dataclass(frozen=True)
@@ -239,20 +121,17 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Retraining]:
         yield story
 
 
-@pytest.mark.thorough
 def test_the_base_is_promoted(story: Retraining) -> None:
     succeed(story.ended["base"])
     assert story.after["base"] == {"champion": BASE}
 
 
-@pytest.mark.thorough
 def test_nothing_runs_for_an_unchanged_commit_and_the_comment_says_so(story: Retraining) -> None:
     assert story.executed["unchanged"] == []
     assert "**Nothing ran**: `dvc.lock` is the same as in the base." in story.comments["unchanged"]
     assert story.verdict("unchanged") == "passed"
 
 
-@pytest.mark.thorough
 def test_a_better_param_is_reported_with_what_it_changed(story: Retraining) -> None:
     comment = story.comments["better"]
     assert story.executed["better"] == ["train", "evaluate", "report"]
@@ -263,14 +142,12 @@ def test_a_better_param_is_reported_with_what_it_changed(story: Retraining) -> N
     assert story.after["better"] == {"champion": BASE}  # a pull request promotes nothing
 
 
-@pytest.mark.thorough
 def test_a_merged_change_is_promoted_without_training_it_again(story: Retraining) -> None:
     assert story.executed["merged"] == []
     assert story.ended["merged"].returncode == 0, story.said("merged")
     assert story.after["merged"] == {"champion": BETTER, "previous": BASE}
 
 
-@pytest.mark.thorough
 def test_a_worse_param_fails_and_the_champion_stays(story: Retraining) -> None:
     assert story.executed["worse"] == ["train", "evaluate", "report"]
     assert rows(story.comments["worse"])["`test_accuracy`"][2].startswith("-")
@@ -278,27 +155,23 @@ def test_a_worse_param_fails_and_the_champion_stays(story: Retraining) -> None:
     assert story.after["worse"] == story.after["merged"]
 
 
-@pytest.mark.thorough
 def test_other_data_train_anew_and_are_refused(story: Retraining) -> None:
     assert story.executed["data"] == ["train", "evaluate", "report"]
     assert rows(story.comments["data"])["`train`"] == ["**yes**", "`data/added` changed"]
     assert story.verdict("data") == "**failed**: data"
 
 
-@pytest.mark.thorough
 def test_other_data_pass_if_the_params_allow_them(story: Retraining) -> None:
     assert story.executed["data allowed"] == []  # no stage reads the gate's bounds
     assert rows(story.said("data allowed"))["data"] == ["any", f"other than version {BETTER}'s", "passed"]
     assert story.verdict("data allowed") == "passed"
 
 
-@pytest.mark.thorough
 def test_a_rollback_brings_the_former_champion_back(story: Retraining) -> None:
     succeed(story.ended["rollback"])
     assert story.after["rollback"] == {"champion": BASE}
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("side", ["HEAD", "MERGE_HEAD"])
 def test_two_branches_that_both_trained_merge_as_the_page_says(trained: Repository, tmp_path: Path, side: str) -> None:
     repository = trained.copy(tmp_path / "repository")

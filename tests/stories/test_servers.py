@@ -43,7 +43,7 @@ from mnist_pipeline.tracking.progress import TrainingLog
 from mnist_pipeline.tracking.store import Store
 from mnist_pipeline.tracking.training_run import training_run
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 OUTPUTS = {"models/model.safetensors", "reports/figures/accuracy.png"}
 OUTPUTS |= {f"reports/{name}" for name in REPORTS if name != "figures"}
@@ -101,7 +101,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         shutil.rmtree(directory)
 
 
-@pytest.fixture(scope="module", params=["sqlite", pytest.param("postgresql", marks=pytest.mark.thorough)])
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 def server(request: pytest.FixtureRequest) -> Server:
     found: Server = request.getfixturevalue(request.param)
     return found
@@ -313,7 +313,6 @@ def test_the_outputs_are_the_same_bytes_without_a_server(tracked: Tracked, mende
     assert mended.outputs.keys() >= OUTPUTS
 
 
-@pytest.mark.thorough
 def test_a_training_that_was_killed_continues_in_its_run(tmp_path: Path, sqlite: Server) -> None:
     repository = Repository.create_with_data(tmp_path, sqlite.uri, epochs=8)
     process = repository.start(sys.executable, "stages/train.py")
@@ -390,7 +389,6 @@ def test_the_backfill_completes_the_run_that_a_server_has_a_part_of(halfway: Hal
     check_later_stages(halfway.repository, run)
 
 
-@pytest.mark.thorough
 def test_a_server_that_hangs_half_way_costs_a_training_seconds(
     trained: Repository, tmp_path: Path, sqlite: Server
 ) -> None:
@@ -507,7 +505,7 @@ DRIPPING = {"its header": b"HTTP/1.0 200 OK\r\nX-Long: ", "its content": b"HTTP/
 
 
 @pytest.mark.parametrize("begin", DRIPPING.values(), ids=DRIPPING)
-@pytest.mark.parametrize("seconds", [2, pytest.param(SECONDS, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("seconds", [2, SECONDS])
 def test_a_server_that_sends_byte_by_byte_costs_a_training_a_warning_and_seconds(
     trained: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: bytes, seconds: int
 ) -> None:
@@ -516,7 +514,6 @@ def test_a_server_that_sends_byte_by_byte_costs_a_training_a_warning_and_seconds
         check_untracked_training(trained, tmp_path, port)
 
 
-@pytest.mark.thorough
 def test_a_server_whose_answers_are_late_costs_a_training_as_much_and_the_backfill_waits_for_it(
     trained: Repository, tmp_path: Path, sqlite: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -533,7 +530,6 @@ def test_a_server_whose_answers_are_late_costs_a_training_as_much_and_the_backfi
         check_later_stages(repository, run)
 
 
-@pytest.mark.thorough
 def test_a_server_that_never_answers_costs_a_training_a_warning_and_seconds(
     trained: Repository, tmp_path: Path
 ) -> None:

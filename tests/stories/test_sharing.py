@@ -13,7 +13,7 @@ from support.repository import Repository
 
 from mnist_pipeline.common.params import flatten
 
-pytestmark = pytest.mark.pipeline
+pytestmark = [pytest.mark.pipeline, pytest.mark.thorough]
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,12 @@ def test_the_command_succeeds(story: Story, name: str) -> None:
 
 
 def test_two_commands_share_the_data_and_the_model(story: Story) -> None:
-    assert "7 files pushed" in story.said("push")  # the four of MNIST, their list, the weights and the page
+    pushed = "8 files pushed"  # the four of MNIST, their list, the weights, the predictions and the page
+    assert pushed in story.said("push")
     assert re.findall(r"(?m)^A +(\S+)$", story.said("pull")) == [
         "data/raw/",
         "models/model.safetensors",
+        "reports/predictions.csv",
         "reports/report.html",
     ]
 

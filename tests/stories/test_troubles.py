@@ -168,6 +168,7 @@ def check_no_commit(runs: list[Run]) -> None:
     assert runs[0].data.tags["git_dirty"] == "unknown"
 
 
+@pytest.mark.thorough
 def test_a_copy_without_git_runs_no_stage_again_and_tracks_a_training_without_a_commit(
     trained: Repository, tmp_path: Path
 ) -> None:

@@ -202,7 +202,8 @@ def test_if_dvc_is_killed_while_it_takes_the_model_the_training_is_one_run_of_al
 
 
 @pytest.mark.pipeline
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_closes_the_run_as_killed_and_the_next_start_goes_on(
     tmp_path: Path, uninterrupted: list[bytes], number: signal.Signals
 ) -> None:
