@@ -11,7 +11,8 @@ from mlflow.entities import Metric
 from tqdm import tqdm
 
 from mnist_pipeline.tracking.address import TRACKING_URI
-from mnist_pipeline.tracking.store import configure_mlflow, prepare_database
+from mnist_pipeline.tracking.database import prepare_database
+from mnist_pipeline.tracking.store import configure_mlflow
 
 CALLS = 200  # of each kind
 _METRICS = 6  # that a training logs after each epoch

@@ -15,8 +15,8 @@ import torch
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import read_csv, read_table, read_text, write_csv
-from mnist_pipeline.common.params import load_yaml
 from mnist_pipeline.common.paths import ADDED, HISTORY, LOCK, METRICS, PREDICTIONS, PROCESSORS, RAW, REPORTS
+from mnist_pipeline.common.yaml_file import load_yaml
 from mnist_pipeline.tracking.git import GitError, clone_repository, head_commit
 from mnist_pipeline.tracking.provenance import clean_environment, get_output, processor_name
 

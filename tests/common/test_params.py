@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from support import ROOT
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import Params, load_params, read_sections
+from mnist_pipeline.common.params import Params, load_params
+from mnist_pipeline.common.yaml_file import read_sections
 
 REAL = (ROOT / "params.yaml").read_bytes()
 LINE_OF_EPOCHS = 1 + REAL[: REAL.index(b"  epochs")].count(b"\n")

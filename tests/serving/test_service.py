@@ -36,9 +36,10 @@ from mnist_pipeline.common.files import sha256
 from mnist_pipeline.common.paths import MODEL
 from mnist_pipeline.data.digits import Digits, load_digits
 from mnist_pipeline.serving.classifier import Classifier
+from mnist_pipeline.serving.connections import MAX_CONNECTIONS
 from mnist_pipeline.serving.picture_file import open_image
 from mnist_pipeline.serving.preprocessing import to_mnist_image
-from mnist_pipeline.serving.service import LOOPBACK, MAX_BODY_BYTES, MAX_CONNECTIONS, allowed_hosts, load_classifier
+from mnist_pipeline.serving.service import LOOPBACK, MAX_BODY_BYTES, allowed_hosts, load_classifier
 from mnist_pipeline.tracking.registry import fetch_champion
 from mnist_pipeline.tracking.run import MODEL_TAG
 from mnist_pipeline.tracking.store import Store
@@ -187,7 +188,7 @@ UNFINISHED = {
 def test_a_request_that_does_not_come_to_its_end_is_cut_off(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, sent: bytes
 ) -> None:
-    monkeypatch.setattr("mnist_pipeline.serving.service._MAX_SECONDS", 0.5)
+    monkeypatch.setattr("mnist_pipeline.serving.connections._MAX_SECONDS", 0.5)
     with connect(client, sent) as connection:
         assert not is_closed(connection, within=0.1)
         assert is_closed(connection, within=4)  # before uvicorn closes a connection that was used
@@ -196,7 +197,7 @@ def test_a_request_that_does_not_come_to_its_end_is_cut_off(
 def test_a_connection_may_last_as_long_as_its_requests_do_not(
     client: httpx.Client, monkeypatch: pytest.MonkeyPatch, three: bytes
 ) -> None:
-    monkeypatch.setattr("mnist_pipeline.serving.service._MAX_SECONDS", 0.7)
+    monkeypatch.setattr("mnist_pipeline.serving.connections._MAX_SECONDS", 0.7)
     clients = set()
     with httpx.Client(base_url=client.base_url) as lasting:
         for _ in range(4):

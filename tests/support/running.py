@@ -8,8 +8,9 @@ from threading import Thread
 import uvicorn
 
 from mnist_pipeline.data.digits import DIGITS
+from mnist_pipeline.serving.connections import configure, open_socket
 from mnist_pipeline.serving.kept import KeptPictures
-from mnist_pipeline.serving.service import configure, create_app, load_classifier, open_socket
+from mnist_pipeline.serving.service import create_app, load_classifier
 
 
 @contextmanager

@@ -20,13 +20,13 @@ from support.stores import TRAIN, isolated_tracking, store  # noqa: F401 (a fixt
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256, write_text
 from mnist_pipeline.common.paths import MODEL
+from mnist_pipeline.tracking.database import prepare_database
 from mnist_pipeline.tracking.run import MODEL_TAG
 from mnist_pipeline.tracking.store import (
     Store,
     StoreError,
     continue_untracked,
     finished_runs,
-    prepare_database,
     store_errors,
 )
 

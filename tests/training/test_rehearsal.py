@@ -8,7 +8,8 @@ from support import DATA, ROOT
 from support.networks import network_file
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import Params, load_params, merge, params_type, read_sections
+from mnist_pipeline.common.params import Params, load_params, merge, params_type
+from mnist_pipeline.common.yaml_file import read_sections
 from mnist_pipeline.data.digits import load_digits
 from mnist_pipeline.training.loop import Training
 from mnist_pipeline.training.rehearsal import prepare_training

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import flatten, load_params, read_sections
+from mnist_pipeline.common.params import flatten, load_params
 from mnist_pipeline.common.paths import EXPERIMENTS
+from mnist_pipeline.common.yaml_file import read_sections
 from mnist_pipeline.report.studies import SPECIFICATION
 from mnist_pipeline.tracking.git import run_git
 

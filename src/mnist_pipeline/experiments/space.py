@@ -17,14 +17,13 @@ from mnist_pipeline.common.params import (
     Count,
     Params,
     Section,
-    describe_value,
     explain_errors,
     flatten,
     load_params,
     merge,
     parse_section,
-    read_sections,
 )
+from mnist_pipeline.common.yaml_file import describe_value, read_sections
 from mnist_pipeline.experiments.recipes import find_recipe
 from mnist_pipeline.experiments.trial import VALIDATION_SIZE, on_one_core
 from mnist_pipeline.report.studies import SPECIFICATION

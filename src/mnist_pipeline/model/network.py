@@ -15,7 +15,8 @@ from pydantic import create_model
 from torch import nn
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import ModelParams, describe_value
+from mnist_pipeline.common.params import ModelParams
+from mnist_pipeline.common.yaml_file import describe_value
 from mnist_pipeline.data.digits import DIGITS
 from mnist_pipeline.model import networks
 

@@ -5,8 +5,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from mnist_pipeline.common.params import Count, Section, parse_section, read_sections
+from mnist_pipeline.common.params import Count, Section, parse_section
 from mnist_pipeline.common.paths import PARAMS
+from mnist_pipeline.common.yaml_file import read_sections
 
 _Share = Annotated[float, Field(ge=0, le=1)]
 

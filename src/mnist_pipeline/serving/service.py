@@ -1,13 +1,10 @@
 """The web service: a page to draw a digit on, and the API behind it, which reads the digit in an image."""
 
-import asyncio
 import base64
 import hashlib
 import io
 import json
-import logging
 import re
-import socket
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,13 +26,13 @@ from PIL import Image
 from pydantic import BaseModel, Field
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mnist_pipeline.common.errors import UserError, printable
 from mnist_pipeline.common.files import sha256
 from mnist_pipeline.data.digits import SIDE
 from mnist_pipeline.model.network import count_parameters
 from mnist_pipeline.serving.classifier import Classifier, find_model
+from mnist_pipeline.serving.connections import configure, open_socket
 from mnist_pipeline.serving.kept import KeptPictures
 from mnist_pipeline.serving.picture_file import PICTURE_FORMATS
 
@@ -43,8 +40,6 @@ LOOPBACK = ["127.0.0.1", "localhost", "[::1]"]
 MAX_BODY_BYTES = 5_000_000
 _DECODERS = 2  # images decoded at a time; the others wait, still encoded
 _MANY_PIXELS = 16_000_000  # of images with more, or slow for another reason, one is decoded at a time, beside others
-_MAX_SECONDS = 30.0  # for a request to arrive and to be answered
-MAX_CONNECTIONS = 64  # each needs a file descriptor, and may hold a body in memory
 _FORMATS = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp", "image/tiff", "application/octet-stream"]
 _Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -190,54 +185,6 @@ def _is_slow(body: bytes) -> bool:
     return False
 
 
-class _Connection(H11Protocol):
-    """A connection that ends when a request takes too long, or to make room while its request is not yet here.
-
-    Uvicorn itself waits without limit for the first request, for its headers and for its body.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._deadline = self.loop.call_later(_MAX_SECONDS, transport.abort)
-        if len(self.connections) > MAX_CONNECTIONS:
-            waiting = [other for other in self.connections if isinstance(other, _Connection) and other._is_waiting()]
-            min(waiting, key=lambda other: other._deadline.when()).transport.abort()
-
-    def _is_waiting(self) -> bool:
-        """Return whether the connection is open, and its client has yet to send all of a request."""
-        sent = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
-        return not sent and not self.transport.is_closing()
-
-    def on_response_complete(self) -> None:
-        self._deadline.cancel()
-        self._deadline = self.loop.call_later(_MAX_SECONDS, self.transport.abort)
-        super().on_response_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline.cancel()
-        super().connection_lost(exc)
-
-
-def configure(app: FastAPI) -> uvicorn.Config:
-    """Return how to serve the app: connections and the time for a request are limited, and it logs only errors."""
-    logging.getLogger("asyncio").addFilter(_is_no_overload)
-    return uvicorn.Config(
-        app,
-        http=_Connection,
-        ws="none",
-        loop="asyncio",
-        backlog=MAX_CONNECTIONS,  # asyncio accepts as many at once, before any is closed
-        log_level="error",
-        access_log=False,
-        timeout_graceful_shutdown=5,
-    )
-
-
-def _is_no_overload(record: logging.LogRecord) -> bool:
-    """Leave out what asyncio logs, with a traceback for each, when there is no file descriptor for a connection."""
-    return not record.getMessage().startswith("socket.accept() out of system resource")
-
-
 def _encode_png(pixels: NDArray[np.uint8]) -> str:
     """Return grey pixels (height, width) as a PNG in a data URI."""
     buffer = io.BytesIO()
@@ -295,22 +242,6 @@ def run_service(host: str, port: int, path: Path | None, keep: Path | None = Non
         keeping = printable(f", keeping pictures in {keep}") if keep else ""
         print(f"Serving {printable(model.source)} (SHA-256 {model.sha256[:12]}) at {address}{keeping}", flush=True)
         uvicorn.Server(configure(app)).run([listening])
-
-
-def open_socket(host: str, port: int) -> socket.socket:
-    """Return a socket that listens at an address.
-
-    Raises:
-        UserError: the address is not free, or does not belong to this machine.
-    """
-    try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot serve at {host}, port {port} ({reason}): choose another --host or --port") from None
-    # Its connections inherit this. Otherwise each answer waits 40 ms for the acknowledgement of its headers.
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
 
 
 def allowed_hosts(host: str) -> list[str]:

@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mnist_pipeline.common.errors import UserError
-from mnist_pipeline.common.params import flatten, read_sections
+from mnist_pipeline.common.params import flatten
 from mnist_pipeline.common.paths import LOCK, MODEL, PARAMS, REPORTS
+from mnist_pipeline.common.yaml_file import read_sections
 
 # The pipeline's outputs are left out: a run changes them itself, so they do not make a tree dirty.
 _ALL_BUT_OUTPUTS = ["--", ".", *(f":!{path}" for path in (MODEL.parent, REPORTS, LOCK))]

@@ -15,8 +15,9 @@ import torch
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, sha256, sha256_of_directory
-from mnist_pipeline.common.params import Params, flatten, load_params, load_yaml
+from mnist_pipeline.common.params import Params, flatten, load_params
 from mnist_pipeline.common.paths import ADDED, PIPELINE, RAW, REQUIREMENTS
+from mnist_pipeline.common.yaml_file import load_yaml
 from mnist_pipeline.tracking.git import commit_tags, head_commit_or_none, locate_in_repository
 
 _IMAGES = [str(ADDED), str(RAW)]

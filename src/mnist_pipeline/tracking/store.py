@@ -4,10 +4,9 @@ import logging
 import os
 import platform
 import re
-import sqlite3
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,9 +16,7 @@ from filelock import FileLock
 from mlflow.entities import Run
 from mlflow.store.db import utils as database_utils
 from mlflow.tracking.context.registry import resolve_tags
-from mlflow.utils.file_utils import local_file_uri_to_path
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
-from sqlalchemy.engine import make_url
 
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import sha256
@@ -27,21 +24,20 @@ from mnist_pipeline.common.params import flatten
 from mnist_pipeline.data.digits import Digits
 from mnist_pipeline.tracking.address import TRACKING_URI, hide_secrets, locate_store, store_address
 from mnist_pipeline.tracking.client import Client, Deadline
+from mnist_pipeline.tracking.database import (
+    ARTIFACTS,
+    EXPERIMENT,
+    WORKSPACE_TAG,
+    check_place,
+    move_artifacts,
+    prepare_database,
+)
 from mnist_pipeline.tracking.git import commit_tags, run_title
 from mnist_pipeline.tracking.provenance import Provenance
 from mnist_pipeline.tracking.run import DATA_TAG, FINGERPRINT_TAG, MODEL_TAG, TrackedRun
 
 PARENT_RUN = "MNIST_PARENT_RUN"  # environment variable: the id of the run that a training belongs to
-_EXPERIMENT = "mnist"
-_ARTIFACTS = "mlartifacts"  # the directory of artifacts, beside the database
-_ADDRESSES = {  # columns of MLflow's tables that hold addresses of artifacts
-    "experiments": "artifact_location",
-    "runs": "artifact_uri",
-    "logged_models": "artifact_location",
-    "model_versions": "storage_location",
-}
 _KIND = {"mlflow.experimentKind": "custom_model_development"}  # MLflow's pages show metrics, not traces
-_WORKSPACE_TAG = "workspace"
 _DVC_EXPERIMENT_TAG = "dvc_experiment"
 
 
@@ -75,7 +71,7 @@ class Store:
         self.dvc_experiment = os.environ.get("DVC_EXP_NAME")
         self._origin = {
             _DVC_EXPERIMENT_TAG: self.dvc_experiment,
-            _WORKSPACE_TAG: workspace,
+            WORKSPACE_TAG: workspace,
             MLFLOW_PARENT_RUN_ID: os.environ.get(PARENT_RUN),
         }
 
@@ -85,14 +81,14 @@ class Store:
         Raises:
             RuntimeError: it was deleted. MLflow keeps it and its name, and logs nothing to it.
         """
-        if (found := self.client.get_experiment_by_name(_EXPERIMENT)) is None:
+        if (found := self.client.get_experiment_by_name(EXPERIMENT)) is None:
             with ignore_mlflow_error("RESOURCE_ALREADY_EXISTS"):  # another process was faster
-                artifacts = (self.database.parent / _ARTIFACTS).as_uri() if self.database else None
-                self.client.create_experiment(_EXPERIMENT, artifacts, _KIND)
-            found = self.client.get_experiment_by_name(_EXPERIMENT)
+                artifacts = (self.database.parent / ARTIFACTS).as_uri() if self.database else None
+                self.client.create_experiment(EXPERIMENT, artifacts, _KIND)
+            found = self.client.get_experiment_by_name(EXPERIMENT)
         if found is None or found.lifecycle_stage != "active":
             restore = f"mlflow experiments restore --experiment-id {found and found.experiment_id}"
-            raise RuntimeError(f"the experiment {_EXPERIMENT} was deleted: `{restore}` brings it back")
+            raise RuntimeError(f"the experiment {EXPERIMENT} was deleted: `{restore}` brings it back")
         return str(found.experiment_id)
 
     def search_runs(self, condition: str) -> list[Run]:
@@ -243,63 +239,3 @@ def _explain(error: Exception) -> str:
         text = re.sub(r"<[^>]*>, |HTTP\w+\([^)]*\): |.*', \w+\((\d+, )?", "", cause[1])
         return re.sub(r"^(\w+\()?['\"]|['\"]\)*$", "", text)
     return text.splitlines()[0].split(". ")[0]
-
-
-def check_place(database: Path) -> None:
-    """Check that MLflow finds a database, and the artifacts beside it, where they are.
-
-    Raises:
-        UserError: it would write elsewhere. It takes `?` and `%41` in a path for parts of an address.
-    """
-    of_database = make_url(f"sqlite:///{database}").database
-    of_artifacts = local_file_uri_to_path(database.as_uri())  # type: ignore[no-untyped-call]
-    for found in (of_database, of_artifacts):
-        if found != str(database):
-            raise UserError(
-                f"MLflow cannot use {database} (it takes that for {found}): rename the directory, "
-                f"or set {TRACKING_URI} to a store in another one"
-            )
-
-
-def move_artifacts(database: Path, workspace: str) -> None:
-    """Let addresses of artifacts begin at the database's directory: MLflow's are absolute, and directories move.
-
-    Without this, the runs of a directory that was moved or copied would have their artifacts in the old place. Their
-    `workspace` changes too, or a training that was interrupted in the old place could not go on in the new one.
-    """
-    with closing(sqlite3.connect(database)) as connection, connection:
-        location = "SELECT artifact_location FROM experiments WHERE name = ?"
-        [found] = connection.execute(location, [_EXPERIMENT]).fetchone() or [""]
-        old = Path(local_file_uri_to_path(found)).parent  # type: ignore[no-untyped-call]
-        new = database.parent
-        if old == new or not re.fullmatch(f"(/|file:).*/{_ARTIFACTS}", found):
-            return
-        for before, after in ((f"{old}/", f"{new}/"), (f"{old.as_uri()}/", f"{new.as_uri()}/")):
-            for table, column in _ADDRESSES.items():
-                change = f"UPDATE {table} SET {column} = ? || substr({column}, ?) WHERE substr({column}, 1, ?) = ?"  # noqa: S608 (names of ours)
-                connection.execute(change, [after, len(before) + 1, len(before), before])
-        moved = "UPDATE tags SET value = ? WHERE key = ? AND substr(value, ?) = ?"
-        connection.execute(moved, [workspace, _WORKSPACE_TAG, -len(f":{old}"), f":{old}"])
-
-
-def prepare_database(database: Path) -> None:
-    """Create MLflow's database if it is absent, whole or not at all: MLflow cannot continue with half of its tables.
-
-    Raises:
-        sqlite3.Error: the file is no SQLite database or cannot be written. MLflow would retry for minutes.
-    """
-    if not database.exists() or database.stat().st_size == 0:
-        new = database.with_name(f"{database.name}.new")
-        try:
-            _remove_database(new)  # left by a process that was killed
-            mlflow.MlflowClient(f"sqlite:///{new}").search_experiments()
-            new.replace(database)
-        finally:
-            _remove_database(new)
-    with closing(sqlite3.connect(database)) as connection:
-        connection.execute("BEGIN IMMEDIATE")
-
-
-def _remove_database(database: Path) -> None:
-    for file in database.parent.glob(f"{database.name}*"):  # its journal too
-        file.unlink()

@@ -14,7 +14,8 @@ from typing import Any
 from mnist_pipeline.common import paths
 from mnist_pipeline.common.errors import UserError
 from mnist_pipeline.common.files import files_below, read_text
-from mnist_pipeline.common.params import flatten, load_yaml, read_sections
+from mnist_pipeline.common.params import flatten
+from mnist_pipeline.common.yaml_file import load_yaml, read_sections
 from mnist_pipeline.report.results import Results, load_results
 from mnist_pipeline.tracking.git import run_git
 
