@@ -150,6 +150,7 @@ NO_DIGIT = {
     "blank paper in a shadow": half_in_shade(np.full((HEIGHT, WIDTH), PAPER)),
     "blank ruled paper": 215 - 60 * drawn(lines),
     "blank squared paper": 215 - 60 * drawn(squares),
+    "an empty box": 215 - 160 * drawn(lambda draw: draw.rectangle((130, 80, 300, 250), outline=255, width=4)),
     "blank paper under a lamp": under_a_lamp(np.full((HEIGHT, WIDTH), PAPER)),
     "a fingertip on blank paper": 215 - 60 * drawn(lambda draw: draw.ellipse((380, 120, 480, 200), fill=255)),
 }

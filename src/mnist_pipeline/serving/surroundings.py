@@ -24,8 +24,9 @@ from mnist_pipeline.serving.ruling import erase_ruling
 
 _CROPS = 3  # a picture may be cropped so often
 _MOST_FRAMES = 3  # the largest ones are looked into
-_SMALLEST_FRAME = 20  # pixels of the coarse picture
+_SMALLEST_FRAME = 10  # pixels of the coarse picture
 _RECTANGULAR = 0.88  # of a rectangle is filled by a sheet that perspective distorts
+_HELD = 0.25  # of a frame's longer side: what is enclosed may be a digit
 _INSET = 0.03  # of a frame's longer side: its own border and the fringes of a JPEG
 _MARGIN = 0.25  # of a digit's longer side: so much paper stays around it
 _BROAD = 0.3  # of the shorter side: strokes are narrower, shadows broader
@@ -37,7 +38,8 @@ _MOSTLY = 0.75  # of a piece at the edge lies in the rim, if it is no digit
 _TALL, _WIDE = 0.18, 0.25  # of the height, of the longer side: a digit clear of the edge is at least so large
 _PART_OF_DIGIT = 0.1  # of the largest piece: smaller ones are dust
 _REMAINS = 1 / 3  # of the strongest ink: what is paler after lines were erased, or inside a frame, is no digit
-_STROKE = 0.6  # of a digit's longer side: no stroke is so broad (MNIST's broadest: 0.5), but a lamp's light or a finger
+_BROADEST = 0.6  # of a digit's longer side: a stroke (MNIST's: 0.5), but not a lamp's light, a finger or a sheet
+_THINNEST = 0.08  # of a digit's longer side: a stroke, but not a printed frame
 # Pieces with so much of the strongest ink, of the tallest one's height, and so far apart, are digits of their own.
 _AS_DARK, _AS_TALL, _APART = 0.5, 0.6, 0.1
 
@@ -52,18 +54,18 @@ def find_digit(image: Image.Image) -> Array:
         UserError: there is no digit, or more than one.
     """
     ink, kept = _search(image, _CROPS)
-    if _is_blob(ink, kept):
+    if _broadest_stroke(ink, kept) > _BROADEST:
         raise UserError("the picture holds no digit: what stands out from its background has no strokes")
     if _are_several(ink, kept):
         raise UserError("the picture holds more than one digit: cut out one")
     return ink.cut_out(kept)
 
 
-def _is_blob(ink: Ink, kept: Mask) -> bool:
-    """Tell whether the kept marks are too broad for strokes: a spot of light, a shadow, a fingertip, a sheet."""
-    strong = kept & (ink.coarse > ink.coarse[kept].max() / 3)
-    breadth = 2 * ndimage.distance_transform_edt(np.pad(strong, 1)).max()
-    return bool(breadth > _STROKE * max(part.stop - part.start for part in find_bounds(strong)))
+def _broadest_stroke(ink: Ink, marks: Mask) -> float:
+    """Return the breadth of the broadest stroke, as a part of the marks' longer side."""
+    strong = marks & (ink.coarse > ink.coarse[marks].max() / 3)
+    breadth = 2 * float(ndimage.distance_transform_edt(np.pad(strong, 1)).max())
+    return breadth / int(max(part.stop - part.start for part in find_bounds(strong)))
 
 
 def _are_several(ink: Ink, kept: Mask) -> bool:
@@ -89,6 +91,8 @@ def _search(image: Image.Image, crops: int, lines: bool = True) -> tuple[Ink, Ma
         return ink, marks
     if inside := _search_inside(image, frames, ink, crops, lines):
         return inside
+    if frames and _is_empty(marks, frames[0]) and _broadest_stroke(ink, marks) < _THINNEST:
+        raise _no_digit()
     if lines and (unruled := erase_ruling(image)):
         found, kept = _search(unruled, crops, lines=False)
         remains = _touches_edge(kept) and not _find_inner(kept).any() and not _fills(kept)
@@ -170,18 +174,31 @@ def _find_pieces(marks: Mask) -> Iterator[tuple[Mask, Bounds]]:
 
 
 def _find_frames(marks: Mask) -> list[Mask]:
-    """Mark the insides of the largest rectangles: a sheet on a table, a photo on a page, axes, a box of a form."""
-    frames = []
+    """Mark the insides of frames: a sheet on a table, a photo on a page, axes, a box or circle of a form.
+
+    A frame is a rectangle, or paper within a piece that encloses what may be a digit. Those that enclose something come
+    first, and of these the largest.
+    """
+    found = []
     for piece, bounds in _find_pieces(marks):
         filled = ndimage.binary_fill_holes(piece)
-        if min(filled.shape) >= _SMALLEST_FRAME and _is_rectangle(filled):
+        whole = (slice(None), slice(None))
+        for region, place in [(filled, whole), *_find_pieces(filled & ~piece)]:
+            if min(region.shape) < _SMALLEST_FRAME:
+                continue
             frame = np.zeros_like(marks)
-            frame[bounds] = ndimage.binary_erosion(filled, iterations=1 + round(_INSET * max(filled.shape)))
-            frames.append(frame)
-    frames.sort(key=lambda frame: -frame.sum())
-    return [
-        frame for frame in frames[:_MOST_FRAMES] if frame.any()
-    ]  # a straight stroke is a rectangle without an inside
+            frame[bounds][place] = ndimage.binary_erosion(region, iterations=1 + round(_INSET * max(region.shape)))
+            held = find_bounds(marks & frame) if (marks & frame).any() else ()
+            encloses = any(part.stop - part.start >= _HELD * max(region.shape) for part in held)
+            if frame.any() and (_is_rectangle(region) or (encloses and place is not whole)):
+                found.append((encloses, int(frame.sum()), frame))
+    return [frame for *_, frame in sorted(found, key=lambda each: each[:2], reverse=True)[:_MOST_FRAMES]]
+
+
+def _is_empty(marks: Mask, frame: Mask) -> bool:
+    """Tell whether nothing but a frame is marked, and nothing in it."""
+    sizes = np.bincount(_label(marks).ravel())[1:]
+    return not (marks & frame).any() and int((sizes >= _PART_OF_DIGIT * sizes.max()).sum()) == 1
 
 
 def _is_rectangle(piece: Mask) -> bool:
