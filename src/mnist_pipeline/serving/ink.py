@@ -1,6 +1,7 @@
 """Measure the ink in each pixel of a picture: how far it differs from a background that light makes uneven."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,6 +194,19 @@ def find_bounds(mask: Mask) -> Bounds:
     """Return the rows and columns that hold all marks."""
     bounds: Bounds = ndimage.find_objects(mask.astype(np.uint8))[0]
     return bounds
+
+
+def label_pieces(marks: Mask) -> NDArray[np.int32]:
+    """Number the pieces of ink that are connected, also at corners: 0 is no ink."""
+    labels: NDArray[np.int32] = ndimage.label(marks, np.ones((3, 3)))[0]
+    return labels
+
+
+def find_pieces(marks: Mask) -> Iterator[tuple[Mask, Bounds]]:
+    """Yield each connected piece of ink, cut out, and where it lies."""
+    labels = label_pieces(marks)
+    for number, bounds in enumerate(ndimage.find_objects(labels), 1):
+        yield labels[bounds] == number, bounds
 
 
 def _widen(bounds: Bounds, coarse: tuple[int, ...], fine: tuple[int, ...]) -> Bounds:

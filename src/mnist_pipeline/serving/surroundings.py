@@ -1,7 +1,6 @@
 """Find the one digit of a picture among what surrounds it: frames, ruled paper, shadows, edges and neighbours."""
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 from scipy import ndimage
 
 from mnist_pipeline.common.errors import UserError
+from mnist_pipeline.serving.frames import find_frames, is_empty_frame, look_inside
 from mnist_pipeline.serving.ink import (
     Array,
     Bounds,
@@ -17,17 +17,14 @@ from mnist_pipeline.serving.ink import (
     Mask,
     corners_are_bright,
     find_bounds,
+    find_pieces,
+    label_pieces,
     measure_ink,
     measure_local_ink,
 )
 from mnist_pipeline.serving.ruling import erase_ruling
 
 _CROPS = 3  # a picture may be cropped so often
-_MOST_FRAMES = 3  # the largest ones are looked into
-_SMALLEST_FRAME = 10  # pixels of the coarse picture
-_RECTANGULAR = 0.88  # of a rectangle is filled by a sheet that perspective distorts
-_HELD = 0.25  # of a frame's longer side: what is enclosed may be a digit
-_INSET = 0.03  # of a frame's longer side: its own border and the fringes of a JPEG
 _MARGIN = 0.25  # of a digit's longer side: so much paper stays around it
 _BROAD = 0.3  # of the shorter side: strokes are narrower, shadows broader
 _WHOLE = 2.0  # times the shorter side: the whole picture
@@ -71,7 +68,7 @@ def _broadest_stroke(ink: Ink, marks: Mask) -> float:
 def _are_several(ink: Ink, kept: Mask) -> bool:
     """Tell whether the kept marks are digits beside or below each other."""
     strongest = ink.coarse[kept].max()
-    strong = [bounds for piece, bounds in _find_pieces(kept) if ink.coarse[bounds][piece].max() >= _AS_DARK * strongest]
+    strong = [bounds for piece, bounds in find_pieces(kept) if ink.coarse[bounds][piece].max() >= _AS_DARK * strongest]
     tallest = max(rows.stop - rows.start for rows, _ in strong)
     tall = [bounds for bounds in strong if bounds[0].stop - bounds[0].start >= _AS_TALL * tallest]
     axes = (1,) if _touches_edge(ink.mark()) else (0, 1)  # a 1 without a margin can fall into pieces below each other
@@ -86,19 +83,19 @@ def _search(image: Image.Image, crops: int, lines: bool = True) -> tuple[Ink, Ma
     """
     ink = measure_ink(image)
     marks = ink.mark()
-    frames = _find_frames(marks) if ink.visible and crops else []
+    frames = find_frames(marks) if ink.visible and crops else []
     if ink.visible and not frames and not _touches_edge(marks):
         return ink, marks
     if inside := _search_inside(image, frames, ink, crops, lines):
         return inside
-    if frames and _is_empty(marks, frames[0]) and _broadest_stroke(ink, marks) < _THINNEST:
-        raise _no_digit()
     if lines and (unruled := erase_ruling(image)):
         found, kept = _search(unruled, crops, lines=False)
         remains = _touches_edge(kept) and not _find_inner(kept).any() and not _fills(kept)
         if remains or found.coarse.max() < _REMAINS * ink.coarse.max():
             raise _no_digit()
         return found, kept
+    if frames and is_empty_frame(marks, frames[0]) and _broadest_stroke(ink, marks) < _THINNEST:
+        raise _no_digit()
     if not ink.visible or _is_broad(marks):
         if past := _look_past_shadows(image, ink, marks):
             return past
@@ -118,7 +115,7 @@ def _search_inside(
     """Return what the first frame holds that has a digit clear of its edge."""
     for frame in frames:
         try:
-            ink, kept = _search(_look_inside(image, frame), crops - 1, lines)
+            ink, kept = _search(look_inside(image, frame), crops - 1, lines)
         except UserError:
             continue
         if not _touches_edge(kept) and ink.coarse.max() >= _REMAINS * outside.coarse.max():
@@ -160,66 +157,6 @@ def _touches_edge(marks: Mask) -> bool:
     return bool(marks[[0, -1]].any() or marks[:, [0, -1]].any())
 
 
-def _label(marks: Mask) -> NDArray[np.int32]:
-    """Number the pieces of ink that are connected, also at corners: 0 is no ink."""
-    labels: NDArray[np.int32] = ndimage.label(marks, np.ones((3, 3)))[0]
-    return labels
-
-
-def _find_pieces(marks: Mask) -> Iterator[tuple[Mask, Bounds]]:
-    """Yield each connected piece of ink, cut out, and where it lies."""
-    labels = _label(marks)
-    for number, bounds in enumerate(ndimage.find_objects(labels), 1):
-        yield labels[bounds] == number, bounds
-
-
-def _find_frames(marks: Mask) -> list[Mask]:
-    """Mark the insides of frames: a sheet on a table, a photo on a page, axes, a box or circle of a form.
-
-    A frame is a rectangle, or paper within a piece that encloses what may be a digit. Those that enclose something come
-    first, and of these the largest.
-    """
-    found = []
-    for piece, bounds in _find_pieces(marks):
-        filled = ndimage.binary_fill_holes(piece)
-        whole = (slice(None), slice(None))
-        for region, place in [(filled, whole), *_find_pieces(filled & ~piece)]:
-            if min(region.shape) < _SMALLEST_FRAME:
-                continue
-            frame = np.zeros_like(marks)
-            frame[bounds][place] = ndimage.binary_erosion(region, iterations=1 + round(_INSET * max(region.shape)))
-            held = find_bounds(marks & frame) if (marks & frame).any() else ()
-            encloses = any(part.stop - part.start >= _HELD * max(region.shape) for part in held)
-            if frame.any() and (_is_rectangle(region) or (encloses and place is not whole)):
-                found.append((encloses, int(frame.sum()), frame))
-    return [frame for *_, frame in sorted(found, key=lambda each: each[:2], reverse=True)[:_MOST_FRAMES]]
-
-
-def _is_empty(marks: Mask, frame: Mask) -> bool:
-    """Tell whether nothing but a frame is marked, and nothing in it."""
-    sizes = np.bincount(_label(marks).ravel())[1:]
-    return not (marks & frame).any() and int((sizes >= _PART_OF_DIGIT * sizes.max()).sum()) == 1
-
-
-def _is_rectangle(piece: Mask) -> bool:
-    """Tell whether a piece fills most of a rectangle, turned or not."""
-    y, x = np.nonzero(piece & ~ndimage.binary_erosion(piece))
-    turns = np.linspace(0, np.pi / 2, 31)[:, None]
-    sides = (
-        np.ptp(x * np.cos(turns) + y * np.sin(turns), axis=1),
-        np.ptp(y * np.cos(turns) - x * np.sin(turns), axis=1),
-    )
-    return bool(piece.sum() > _RECTANGULAR * ((sides[0] + 1) * (sides[1] + 1)).min())
-
-
-def _look_inside(image: Image.Image, frame: Mask) -> Image.Image:
-    """Cut out what is inside a frame of the coarse picture; a pixel outside becomes as the nearest one inside."""
-    inside = np.asarray(Image.fromarray(frame).resize(image.size))
-    nearest = ndimage.distance_transform_edt(~inside, return_distances=False, return_indices=True)
-    rows, columns = find_bounds(inside)
-    return Image.fromarray(np.asarray(image)[tuple(nearest)][rows, columns])
-
-
 def _is_broad(marks: Mask) -> bool:
     """Tell whether a square of ink is too broad for a stroke."""
     side = max(3, round(_BROAD * min(marks.shape)))
@@ -239,13 +176,13 @@ def _fills(marks: Mask) -> bool:
     return any(
         all(part.start < size / 2 < part.stop for part, size in zip(bounds, marks.shape, strict=True))
         and any(part.stop - part.start > size / 2 for part, size in zip(bounds, marks.shape, strict=True))
-        for _, bounds in _find_pieces(marks)
+        for _, bounds in find_pieces(marks)
     )
 
 
 def _find_inner(marks: Mask) -> Mask:
     """Keep the pieces clear of the edge: those large enough for a digit, and what has a tenth of their size."""
-    labels = _label(marks)
+    labels = label_pieces(marks)
     sizes = np.bincount(labels.ravel())
     sizes[_find_outer(labels)] = 0
     large = [
@@ -265,7 +202,7 @@ def _find_outer(labels: NDArray[np.int32]) -> NDArray[np.int32]:
 
 def _lie_outside(marks: Mask) -> bool:
     """Tell whether the pieces that touch the edge stay near it."""
-    labels = _label(marks)
+    labels = label_pieces(marks)
     y, x = (np.minimum(at, at[::-1]) / len(at) for at in map(np.arange, marks.shape))
     near = np.minimum.outer(y, x) < _OUTER
     return bool((ndimage.mean(near, labels, _find_outer(labels)[1:]) > _MOSTLY).all())
