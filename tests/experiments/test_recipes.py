@@ -67,7 +67,7 @@ def test_mnist_experiment_gives_dvc_the_recipe_and_then_its_own_arguments(argume
     assert ended.exit_code == 3  # as dvc's
     arguments = arguments_of_dvc.read_text().splitlines()
     assert arguments[:4] == ["exp", "run", "--name", "tiny"]
-    assert "--set-param=model.channels=[5, 8, 8, 8, 9, 8]" in arguments
+    assert "--set-param=model.channels=[4, 6, 7, 8, 8, 7]" in arguments
     assert "--set-param=model.bias=false" in arguments
     assert '--set-param=train.optimizer="muon"' in arguments
     assert arguments[-2:] == ["--set-param=seed=4", "--queue"]
