@@ -21,10 +21,10 @@ def calibrate(network: nn.Module, digits: tuple[Tensor, Tensor], batch_size: int
     """
     images, labels = digits
     found = predict(network, images, batch_size)
-    factor = best_factor(found, labels)
-    last = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)][-1]
+    factor = _best_factor(found, labels)
+    layers = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     with torch.no_grad():
-        for parameter in last.parameters():
+        for parameter in layers[-1].parameters() if layers else ():
             parameter.mul_(factor)
     expected = F.log_softmax(factor * found[:batch_size], dim=1)
     if not torch.allclose(predict(network, images[:batch_size], batch_size), expected, atol=_TOLERANCE, rtol=0.01):
@@ -33,7 +33,7 @@ def calibrate(network: nn.Module, digits: tuple[Tensor, Tensor], batch_size: int
         )
 
 
-def best_factor(log_probabilities: Tensor, labels: Tensor) -> float:
+def _best_factor(log_probabilities: Tensor, labels: Tensor) -> float:
     """Return the factor on log-probabilities (N, classes) that gives the labels (N,) the lowest cross-entropy.
 
     The loss is convex in the factor: its slope, the mean score minus the label's, is 0 at the best.
