@@ -171,7 +171,8 @@ class _Search:
         name = self.name_of(trial) + (f"-fold-{fold}" if self.space.folds > 1 else "")
         row = pool.run(name, params, ["train"], is_hopeless)
         if row:
-            trial.set_user_attr(key, row)
+            with self.lock:
+                trial.set_user_attr(key, row)
         elif not pool.stopping.is_set():
             Checkpoint(trace("train", params).fingerprint).remove()
         return row
