@@ -60,8 +60,8 @@ BAD_FILES = {
     # keys
     "unknown section": (changed("tune", "{}"), ["tune is unknown", "seed, threads, data, model, train"]),
     "unknown key": (
-        changed("train.momentum", "0.9"),
-        ["train.momentum is unknown", "epochs, batch_size, optimizer"],
+        changed("train.nesterov", "true"),
+        ["train.nesterov is unknown", "epochs, batch_size, optimizer"],
     ),
     "unknown nested key": (changed("train.scheduler.power", "2"), ["scheduler.power is unknown", "step_size, gamma"]),
     "key that is no text": (written(REAL + b"no: 2\n"), ["seed, threads, data, model, train"]),

@@ -128,12 +128,22 @@ def test_a_gap_is_filled(quick: QuickStudy) -> None:
     assert quick.accuracies == whole
 
 
-def test_rows_of_other_params_are_dropped(quick: QuickStudy, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rows_of_params_that_give_other_figures_are_dropped(
+    quick: QuickStudy, capsys: pytest.CaptureFixture[str]
+) -> None:
     quick.run(2)
     quick.set_recipe(averaging=0.8)
+    assert quick.run(1, shift=-0.1) == ["quick-0"]
+    assert quick.accuracies == ["0.8"]
+    assert "params, data or code changed, and seed 0 differs" in capsys.readouterr().out
+
+
+def test_rows_without_all_measures_are_dropped(quick: QuickStudy, capsys: pytest.CaptureFixture[str]) -> None:
+    quick.run(2)
+    write_csv(quick.table, [{k: v for k, v in row.items() if k != "test_calibration_error"} for row in quick.rows])
     assert quick.run(1) == ["quick-0"]
     assert len(quick.rows) == 1
-    assert "2 rows have other params or measures and are dropped" in capsys.readouterr().out
+    assert "2 rows have other measures and are dropped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -150,7 +160,7 @@ def test_after_a_change_of_code_one_seed_that_comes_out_the_same_speaks_for_all(
     before = quick.rows
     change_code(code)
     assert quick.run(1) == ["quick-0"]
-    assert "data or code have changed, and seed 0 comes out the same" in capsys.readouterr().out
+    assert "params, data or code changed, and seed 0 comes out the same" in capsys.readouterr().out
     for row, former in zip(quick.rows, before, strict=True):
         assert {name for name in row if row[name] != former[name]} - {"seconds"} == columns
     assert quick.run(3) == []
@@ -162,7 +172,7 @@ def test_after_a_change_of_code_that_changes_a_seed_all_are_made_again(
     quick.run(3)
     change_code("model/network.py")
     assert quick.run(2, shift=-0.1) == ["quick-0", "quick-1"]
-    assert "data or code have changed, and seed 0 differs" in capsys.readouterr().out
+    assert "params, data or code changed, and seed 0 differs" in capsys.readouterr().out
     assert quick.accuracies == ["0.8", "0.81"]
 
 

@@ -24,8 +24,8 @@ def test_a_step_is_that_of_torchs_muon() -> None:
     start = torch.randn(16, 54, generator=generator)
     ours, torchs = (nn.Parameter(start.clone()) for _ in range(2))
     optimizers = [
-        Muon([ours], lr=0.1, weight_decay=0.1),
-        torch.optim.Muon([torchs], lr=0.1, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        Muon([ours], lr=0.1, weight_decay=0.1, momentum=0.9),
+        torch.optim.Muon([torchs], lr=0.1, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"),
     ]
     for _ in range(3):
         gradient = torch.randn(16, 54, generator=generator)
@@ -41,7 +41,7 @@ def test_the_filters_of_a_convolution_are_the_rows_of_a_matrix() -> None:
     filters = nn.Parameter(matrix.detach().clone().view(16, 6, 3, 3))
     matrix.grad = torch.randn(16, 54, generator=torch.Generator().manual_seed(1))
     filters.grad = matrix.grad.view(16, 6, 3, 3)
-    Muon([matrix, filters], lr=0.1, weight_decay=0.0).step()
+    Muon([matrix, filters], lr=0.1, weight_decay=0.0, momentum=0.9).step()
     assert torch.equal(filters.flatten(1), matrix)
 
 

@@ -92,6 +92,7 @@ class TrainParams(Section):
     batch_size: Count
     optimizer: Literal["adam", "adamw", "muon", "sgd"]
     learning_rate: Annotated[float, Field(gt=0, le=100)]
+    momentum: Probability
     weight_decay: Annotated[float, Field(ge=0, le=100)]
     label_smoothing: Probability
     averaging: Probability

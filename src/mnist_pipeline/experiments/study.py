@@ -23,8 +23,8 @@ def run_study(recipe: str, seeds: int, validation: bool, ray_address: str | None
 
     With `validation`, training images are held out and scored, and no test image is seen.
 
-    Rows with the current params, data and code stay. If only data or code changed, one such seed is trained again: if
-    its figures are the same, the other rows stay too, otherwise they are dropped.
+    Rows with the current params, data and code stay. If any of these changed, one such seed is trained again: if its
+    figures are the same, the other rows stay too, otherwise they are dropped.
 
     Each training runs in one process of one thread, as many at once as there are cores: no thread waits for another.
     With `ray_address` they run in that Ray cluster.
@@ -52,7 +52,7 @@ def seed_params(recipe: str, seeds: int, validation: bool) -> list[Params]:
 
 
 class _StudyTable:
-    """The rows of a study by their seeds, and their file. It starts with the file's rows that have the same params."""
+    """The rows of a study by their seeds, and their file. It starts with the file's rows that have all measures."""
 
     def __init__(self, recipe: str, seeds: int, validation: bool) -> None:
         self.name = f"{recipe}{VALIDATION_SUFFIX if validation else ''}"
@@ -63,13 +63,9 @@ class _StudyTable:
         in_file = {int(row["seed"]): row for row in read_study_rows(self.path)}
         self.params = seed_params(recipe, max(seeds, *(seed + 1 for seed in in_file), 0), validation)
         self.origins = [self._origin(params) for params in self.params]
-        self.rows = {
-            seed: row
-            for seed, row in in_file.items()
-            if row.get(PARAMS_SHA256) == self.origins[seed][PARAMS_SHA256] and {*self.measures, _TRAINING} <= row.keys()
-        }
+        self.rows = {seed: row for seed, row in in_file.items() if {*self.measures, _TRAINING} <= row.keys()}
         if dropped := len(in_file) - len(self.rows):
-            print(f"{self.path}: {dropped} rows have other params or measures and are dropped")
+            print(f"{self.path}: {dropped} rows have other measures and are dropped")
 
     def _origin(self, params: Params) -> StudyRow:
         """Return the columns that identify the params of a row and everything that its stages read."""
@@ -80,7 +76,7 @@ class _StudyTable:
         return origin
 
     def outdated_seeds(self) -> list[int]:
-        """Return the seeds whose rows were made from other data or code."""
+        """Return the seeds whose rows were made from other params, data or code."""
         return [seed for seed, row in self.rows.items() if not self.origins[seed].items() <= row.items()]
 
     def train(self, seeds: Sequence[int], pool: TrialPool) -> Iterator[StudyRow]:
@@ -97,7 +93,9 @@ class _StudyTable:
         """Keep the outdated rows if the one that was made again has the same figures; otherwise drop them."""
         seed = int(row["seed"])
         same = _figures(row) == _figures(self.rows[seed])
-        print(f"{self.path}: data or code have changed, and seed {seed} {'comes out the same' if same else 'differs'}")
+        print(
+            f"{self.path}: params, data or code changed, and seed {seed} {'comes out the same' if same else 'differs'}"
+        )
         for other in outdated:
             if same:
                 self.rows[other] |= self.origins[other]

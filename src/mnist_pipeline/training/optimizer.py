@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from mnist_pipeline.common.params import TrainParams
 
-_OPTIMIZERS: dict[str, type[Optimizer]] = {"adam": Adam, "adamw": AdamW, "sgd": SGD}
+_ADAM = {"adam": Adam, "adamw": AdamW}
 
 # The coefficients of a quintic; iterating it brings all singular values close to 1 (Jordan et al., 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -25,7 +25,7 @@ class Muon(Optimizer):
     torch's own Muon takes matrices only. Source: Jordan et al., 2024, kellerjordan.github.io/posts/muon.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float = 0.95):
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, momentum: float):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -82,7 +82,12 @@ def build_optimizers(model: nn.Module, params: TrainParams) -> list[Optimizer]:
     options: dict[str, Any] = {"lr": params.learning_rate, "weight_decay": params.weight_decay}
     fused: dict[str, Any] = options | {"fused": True}  # faster; and the other way takes square roots from MKL
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    if params.optimizer != "muon":
-        return [_OPTIMIZERS[params.optimizer](weights, **fused)]
-    matrices = [weight for weight in weights if weight.ndim > 1]
-    return [Muon(matrices, **options), AdamW([weight for weight in weights if weight.ndim < 2], **fused)]
+    match params.optimizer:
+        case "adam" | "adamw" as name:
+            return [_ADAM[name](weights, betas=(params.momentum, 0.999), **fused)]
+        case "sgd":
+            return [SGD(weights, momentum=params.momentum, **fused)]
+        case "muon":
+            matrices = [weight for weight in weights if weight.ndim > 1]
+            others = [weight for weight in weights if weight.ndim < 2]
+            return [Muon(matrices, momentum=params.momentum, **options), AdamW(others, **fused)]
