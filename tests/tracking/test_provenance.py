@@ -104,6 +104,7 @@ def test_the_params_of_a_stage_are_those_that_it_declares_under_their_names_in_t
         "train.batch_size": 129,
         "train.optimizer": "adam",
         "train.learning_rate": 0.001,
+        "train.momentum": 0.9,
         "train.weight_decay": 0.0001,
         "train.label_smoothing": 0.0,
         "train.averaging": 0.0,
